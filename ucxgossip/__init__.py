@@ -1,0 +1,50 @@
+"""ucxgossip: gossip in place of all-reduce, one-sided over UCX, for PyTorch.
+
+Start with `join` and `attach`; `Group` and `ucp` are the layers below, without torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ucxgossip import errors, ucp
+from ucxgossip.engine import Tuning
+from ucxgossip.group import Group, join
+from ucxgossip.schedule import (
+    Broadcast,
+    Dissemination,
+    GlobalAverage,
+    Rotated,
+    Round,
+    Schedule,
+)
+
+if TYPE_CHECKING:
+    from ucxgossip.torch_hook import Gossip, attach
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Broadcast",
+    "Dissemination",
+    "GlobalAverage",
+    "Gossip",
+    "Group",
+    "Rotated",
+    "Round",
+    "Schedule",
+    "Tuning",
+    "attach",
+    "errors",
+    "join",
+    "ucp",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """`attach` and `Gossip` import torch, so they are loaded on first use."""
+    if name in ("attach", "Gossip"):
+        from ucxgossip import torch_hook
+
+        return getattr(torch_hook, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,13 @@
+"""The engine: posts puts, watches arrivals, mixes, grants credits, beside the training thread.
+
+`words` is the shared state, `handlers` what arrives as messages, `rounds` the state machine of a
+round, `drive` who makes progress and how it waits, `engine` the Python face.
+
+Rejected: a Python thread that polls (the GIL would be taken thousands of times a second); an
+engine that only its own thread may drive (two thread switches a blocking round); a process of its
+own (another copy, and the parameters would have to live in shared memory).
+"""
+
+from ucxgossip.engine.engine import Engine, Post, Tuning
+
+__all__ = ["Engine", "Post", "Tuning"]

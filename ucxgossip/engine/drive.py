@@ -1,0 +1,178 @@
+"""Who makes progress, and how it waits.
+
+A put over TCP completes only when its target calls progress, so somebody must always be driving:
+the engine thread, which runs this compiled code without the GIL. But a caller that blocks on a
+round would pay two thread switches for each one, so whoever waits drives: the engine thread steps
+back (`DRIVERS`), and comes back when no caller has driven for a millisecond. One lock serialises
+the UCX worker.
+
+A driver spins for a few passes, then yields the core for a few, then arms the worker and sleeps in
+poll(2): spinning collapses when ranks outnumber cores, and sleeping at once costs a system call
+and a wake-up on each message. Nobody sleeps while a bell's signal is unseen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ucxgossip import jit
+from ucxgossip.engine import words as w
+from ucxgossip.engine.handlers import all_seen, mailbox_floats, mailbox_words
+from ucxgossip.engine.rounds import advance
+from ucxgossip.ucp import ops
+
+_PARK_MS = 1
+_SLEEP_MS = 1000
+_MS = 1_000_000
+
+
+@jit.njit
+def acquire(engine: Any, deadline_ns: int) -> bool:
+    """Take the lock as a caller: the engine thread steps back. False when the deadline passed.
+
+    Pair each success with `release`.
+    """
+    if jit.fetch_add(engine, w.DRIVERS, 1) > 0:
+        jit.kick(engine[w.DRIVER_FD])
+    while not jit.compare_swap(engine, w.LOCK, 0, 1):
+        jit.yield_cpu()
+        if jit.now_ns() > deadline_ns:
+            jit.fetch_add(engine, w.DRIVERS, -1)
+            return False
+    return True
+
+
+@jit.njit
+def release(engine: Any) -> None:
+    """Give the lock back; the engine thread goes on at once if a round is under way."""
+    busy = pending(engine, -1)
+    jit.fetch_add(engine, w.DRIVES, 1)
+    jit.store_release(engine, w.LOCK, 0)
+    jit.fetch_add(engine, w.DRIVERS, -1)
+    if busy:
+        jit.kick(engine[w.ENGINE_FD])
+
+
+@jit.njit
+def pending(engine: Any, index: int) -> bool:
+    """Whether a round is under way in mailbox `index`, or (-1) in any."""
+    if index >= 0:
+        return jit.load_acquire(mailbox_words(engine, index), w.STATE) == w.ACTIVE
+    for each in range(engine[w.MAILBOXES]):
+        if jit.load_acquire(mailbox_words(engine, each), w.STATE) == w.ACTIVE:
+            return True
+    return False
+
+
+@jit.njit
+def drive_once(engine: Any) -> int:
+    """One pass: UCX progress, then each round under way; non-zero if anything moved.
+
+    The caller holds the lock.
+    """
+    moved = np.int64(ops.progress(engine[w.WORKER]))
+    for index in range(engine[w.MAILBOXES]):
+        mailbox = mailbox_words(engine, index)
+        if jit.load_acquire(mailbox, w.STATE) == w.ACTIVE:
+            moved += advance(engine, mailbox, mailbox_floats(engine, index))
+    return moved
+
+
+@jit.njit
+def _may_sleep(engine: Any, idle: int) -> bool:
+    """After `idle` passes in which nothing moved: spin, yield, or (True) sleep on the worker."""
+    if idle <= engine[w.SPINS]:
+        return False
+    if idle > engine[w.SPINS] + engine[w.YIELDS] and all_seen(engine):
+        if ops.arm(engine[w.WORKER]) == 0:
+            engine[w.SLEEPS] += 1
+            return True
+    jit.yield_cpu()
+    return False
+
+
+@jit.njit
+def _sleep(engine: Any, wake_fd: int, timeout_ms: int) -> None:
+    if jit.wait_readable(engine[w.EVENT_FD], wake_fd, timeout_ms) & 2:
+        jit.drain(wake_fd)
+
+
+@jit.njit
+def _let_others(engine: Any) -> None:
+    """Give another caller a turn with the worker."""
+    jit.store_release(engine, w.LOCK, 0)
+    jit.yield_cpu()
+    while not jit.compare_swap(engine, w.LOCK, 0, 1):
+        jit.yield_cpu()
+
+
+@jit.njit
+def drive(engine: Any, index: int, deadline_ns: int) -> bool:
+    """Drive until the round of mailbox `index` (-1: every round) has ended.
+
+    False when `deadline_ns` (CLOCK_MONOTONIC) came first.
+    """
+    if not acquire(engine, deadline_ns):
+        return False
+    idle = 0
+    ended = True
+    while True:
+        moved = drive_once(engine)
+        if not pending(engine, index):
+            break
+        idle = 0 if moved else idle + 1
+        if idle <= engine[w.SPINS]:
+            continue
+        left = deadline_ns - jit.now_ns()
+        if left <= 0:
+            ended = False
+            break
+        if jit.load_acquire(engine, w.DRIVERS) > 1:
+            _let_others(engine)
+        elif _may_sleep(engine, idle):
+            _sleep(engine, engine[w.DRIVER_FD], min(left // _MS + 1, _SLEEP_MS))
+    release(engine)
+    return ended
+
+
+@jit.njit
+def _serve(engine: Any) -> None:
+    """The engine thread's turn: until a caller drives, or after a sleep."""
+    if not jit.compare_swap(engine, w.LOCK, 0, 1):
+        return
+    idle = 0
+    asleep = False
+    while (
+        not asleep
+        and jit.load_acquire(engine, w.DRIVERS) == 0
+        and jit.load_acquire(engine, w.STOP) == 0
+    ):
+        idle = 0 if drive_once(engine) else idle + 1
+        asleep = _may_sleep(engine, idle)
+    jit.store_release(engine, w.LOCK, 0)
+    if asleep:
+        _sleep(engine, engine[w.ENGINE_FD], _SLEEP_MS)
+
+
+@jit.njit
+def run(engine: Any) -> None:
+    """The engine thread: serve, and step back while callers drive.
+
+    Callers come in bursts, so they are left the worker until a millisecond has passed without
+    one, or until one has left a round behind (`release` kicks).
+    """
+    while jit.load_acquire(engine, w.STOP) == 0:
+        drives = jit.load_acquire(engine, w.DRIVES)
+        if jit.load_acquire(engine, w.DRIVERS) == 0:
+            _serve(engine)
+        while jit.load_acquire(engine, w.STOP) == 0 and (
+            jit.load_acquire(engine, w.DRIVERS) > 0
+            or jit.load_acquire(engine, w.DRIVES) != drives
+        ):
+            drives = jit.load_acquire(engine, w.DRIVES)
+            if jit.wait_readable(-1, engine[w.ENGINE_FD], _PARK_MS) & 2:
+                jit.drain(engine[w.ENGINE_FD])
+                if jit.load_acquire(engine, w.DRIVERS) == 0:
+                    break

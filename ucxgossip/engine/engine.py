@@ -1,0 +1,279 @@
+"""The engine: one worker, its endpoints and mailboxes, and the thread that drives them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ucxgossip import jit
+from ucxgossip.engine import drive, handlers, rounds
+from ucxgossip.engine import words as w
+from ucxgossip.errors import ArgumentError, ClosedError, ExchangeError, ExchangeTimeoutError
+from ucxgossip.kernels.cpu import mix
+from ucxgossip.mailbox import MAX_ROUND, Mailbox
+from ucxgossip.ucp import abi
+from ucxgossip.ucp.context import Context
+from ucxgossip.ucp.endpoint import Endpoint
+from ucxgossip.ucp.worker import Worker
+
+_SLICE_NS = 250_000_000
+_LOCK_NS = 60_000_000_000
+
+
+@dataclass(frozen=True)
+class Post:
+    """What one round does: addresses in bytes, partners by rank (-1: none).
+
+    source, target: the same address mixes in place. operation: COPY, MIX_FLOAT32 or MIX_FLOAT64
+    of `words`. source_param: address of a ``ucp_request_param_t`` with the source's memory
+    handle, 0 for unregistered memory. held: mix only after `Engine.unhold`. need_credit: wait for
+    the partner's credit. grant_now, grant_next: who gets the credit of this round at its start,
+    and of round + depth at its end.
+    """
+
+    source: int
+    target: int
+    nbytes: int
+    to: int
+    sender: int
+    operation: int
+    alpha: float = 0.5
+    source_param: int = 0
+    held: bool = False
+    need_credit: bool = True
+    grant_now: int = -1
+    grant_next: int = -1
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Constants of the engine, with the measurements behind them in docs/protocol.md.
+
+    eager: largest payload (bytes) that travels in one message with its signal. spins, yields:
+    idle passes before yielding, and before sleeping. chunk (bytes) and window (chunks): what is
+    put, signalled and mixed at a time, and how many may be in flight.
+    """
+
+    eager: int = 4096
+    spins: int = 20
+    yields: int = 20
+    chunk: int = 1 << 18
+    window: int = 16
+
+
+class Engine:
+    """Drives the rounds of all mailboxes of one rank. Close it after its mailboxes' last round."""
+
+    def __init__(
+        self,
+        context: Context,
+        rank: int,
+        size: int,
+        tuning: Tuning | None = None,
+        ring: bool = True,
+        max_mailboxes: int = 256,
+    ) -> None:
+        self.context, self.rank, self.size = context, rank, size
+        self.tuning = tuning or Tuning()
+        self.worker = Worker(context)
+        self.endpoints: dict[int, Endpoint] = {}
+        self.mailboxes: list[Mailbox] = []
+        self.words = np.zeros(w.ENGINE_WORDS, np.int64)
+        self.table = np.zeros((max_mailboxes, w.MAILBOX_WORDS), np.int64)
+        self.floats = np.zeros((max_mailboxes, w.FLOATS), np.float64)
+        self._handles = np.zeros(size, np.int64)
+        self._plain = abi.RequestParam()
+        self._eager = abi.RequestParam(
+            op_attr_mask=abi.OpAttr.FLAGS, flags=abi.AM_SEND_EAGER | abi.AM_SEND_COPY_HEADER
+        )
+        self._kept: list[NDArray[np.int64]] = []
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._fill(ring)
+        with jit.warm_up(drive.run, mix):
+            self._callbacks = handlers.callbacks()
+            self.words[w.STOP] = 1
+            drive.run(self.words)
+            drive.drive(self.words, -1, jit.now_ns() + _LOCK_NS)
+            self.words[w.STOP] = 0
+            rounds.post.compile(rounds.POST_SIGNATURE)
+        for ident, callback in self._callbacks.items():
+            self.worker.set_handler(ident, callback.address, self.words.ctypes.data)
+
+    def _fill(self, ring: bool) -> None:
+        words = self.words
+        words[w.WORKER] = self.worker.handle
+        words[w.EVENT_FD] = self.worker.event_fd
+        words[w.ENGINE_FD] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        words[w.DRIVER_FD] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        words[w.TABLE] = self.table.ctypes.data
+        words[w.FLOAT_TABLE] = self.floats.ctypes.data
+        words[w.ENDPOINTS] = self._handles.ctypes.data
+        words[w.RANKS] = self.size
+        words[w.RANK] = self.rank
+        words[w.EAGER] = self.tuning.eager
+        words[w.RING] = ring
+        words[w.SPINS] = self.tuning.spins
+        words[w.YIELDS] = self.tuning.yields
+        words[w.PLAIN] = ctypes.addressof(self._plain)
+        words[w.EAGER_PARAM] = ctypes.addressof(self._eager)
+
+    def start(self) -> None:
+        """Start the engine thread."""
+        self._thread = threading.Thread(
+            target=drive.run, args=(self.words,), name="ucxgossip-engine", daemon=True
+        )
+        self._thread.start()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the UCX worker, for calls of the control plane."""
+        self._check_open()
+        if not drive.acquire(self.words, jit.now_ns() + _LOCK_NS):
+            raise ExchangeError("the engine did not give the UCX worker back within 60 s")
+        try:
+            yield
+        finally:
+            drive.release(self.words)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the engine is closed")
+
+    def connect(self, rank: int, address: bytes) -> Endpoint:
+        """Make the endpoint to `rank`, whose worker has `address`; the existing one if any."""
+        if rank not in self.endpoints:
+            with self.locked():
+                endpoint = Endpoint(self.worker, address)
+                self.endpoints[rank] = endpoint
+                self._handles[rank] = endpoint.handle
+        return self.endpoints[rank]
+
+    def open(self, mailbox: Mailbox) -> None:
+        """Take `mailbox` under the engine's care; sets its `index`."""
+        index = len(self.mailboxes)
+        if index == len(self.table):
+            raise ArgumentError(f"more than {index} mailboxes in one group")
+        layout, region = mailbox.layout, mailbox.region
+        requests = np.zeros(self.tuning.window, np.int64)
+        headers = np.zeros(3 * w.HEADER_RING * w.HEADER_WORDS, np.int64)
+        self._kept += [requests, headers]
+        row = self.table[index]
+        row[w.INDEX] = index
+        row[w.SLOTS] = region.address + layout.slots
+        row[w.SIGNALS] = region.address + layout.signals
+        row[w.OUTGOING] = region.address + layout.outgoing
+        row[w.SLOTS_OFFSET] = layout.slots
+        row[w.SIGNALS_OFFSET] = layout.signals
+        row[w.STRIDE] = layout.stride
+        row[w.DEPTH] = layout.depth
+        row[w.CHUNK] = layout.chunk
+        row[w.CHUNKS] = layout.chunks
+        row[w.CAPACITY] = layout.nbytes
+        row[w.WINDOW] = self.tuning.window
+        row[w.CREDITS] = mailbox.credits.ctypes.data
+        row[w.PEERS] = mailbox.peers.ctypes.data
+        row[w.REQUESTS] = requests.ctypes.data
+        row[w.HEADERS] = headers.ctypes.data
+        row[w.OUT_PARAM] = region.param_address
+        with self.locked():
+            self.mailboxes.append(mailbox)
+            mailbox.index = index
+            self.words[w.MAILBOXES] = index + 1
+
+    def post(self, mailbox: Mailbox, what: Post, kick: bool = True) -> None:
+        """Start the mailbox's next round and return; `wait` for its end.
+
+        kick: wake the engine thread, unless the caller waits at once.
+        """
+        self._check_open()
+        row = self.table[mailbox.index]
+        if row[w.STATE] == w.ACTIVE:
+            raise ExchangeError(f"mailbox {mailbox.index}: its last round is still under way")
+        if not 0 <= mailbox.round < MAX_ROUND:
+            raise ArgumentError(f"round {mailbox.round} is out of range")
+        rounds.post(
+            self.words,
+            row,
+            self.floats[mailbox.index],
+            mailbox.round,
+            what.source,
+            what.source_param or int(self.words[w.PLAIN]),
+            what.target,
+            what.nbytes,
+            what.to,
+            what.sender,
+            what.operation,
+            what.alpha,
+            int(what.held),
+            int(what.need_credit),
+            what.grant_now,
+            what.grant_next,
+        )
+        mailbox.round += 1
+        if kick:
+            jit.kick(int(self.words[w.ENGINE_FD]))
+
+    def unhold(self, mailbox: Mailbox) -> None:
+        """Let a held round mix."""
+        jit.store_release(self.table[mailbox.index], w.HELD, 0)
+
+    def active(self, mailbox: Mailbox) -> bool:
+        """Whether a round of `mailbox` is under way."""
+        return bool(self.table[mailbox.index, w.STATE] == w.ACTIVE)
+
+    def wait(self, mailbox: Mailbox, timeout: float) -> bool:
+        """Drive until the mailbox's round has ended, or `timeout` seconds; whether it ended.
+
+        Returns to Python four times a second, so that signals are handled.
+        """
+        self._check_open()
+        deadline = jit.now_ns() + int(timeout * 1e9)
+        while True:
+            now = jit.now_ns()
+            if drive.drive(self.words, mailbox.index, min(deadline, now + _SLICE_NS)):
+                return True
+            if now >= deadline:
+                return False
+
+    def close(self) -> None:
+        """Stop the thread, close mailboxes, endpoints and worker. Further calls do nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self.words[w.STOP] = 1
+        jit.kick(int(self.words[w.ENGINE_FD]))
+        if self._thread is not None:
+            self._thread.join()
+        for mailbox in self.mailboxes:
+            mailbox.close()
+        self.worker.close()
+        os.close(int(self.words[w.ENGINE_FD]))
+        os.close(int(self.words[w.DRIVER_FD]))
+
+    def describe_wait(self, mailbox: Mailbox, seconds: float) -> ExchangeTimeoutError:
+        """The error that says whom this mailbox's round waits for, for what, and how long."""
+        row = self.table[mailbox.index]
+        to, sender = int(row[w.TO]), int(row[w.FROM])
+        parts = int(row[w.PARTS])
+        if to >= 0 and row[w.NEED_CREDIT]:
+            rank, what = to, "to free its slot (it has not mixed the last round yet)"
+        elif to >= 0 and row[w.SENT] < parts:
+            rank, what = to, f"to take chunk {int(row[w.SENT]) + 1} of {parts}"
+        else:
+            rank, what = sender, f"to put chunk {int(row[w.MIXED]) + 1} of {parts}"
+        return ExchangeTimeoutError(
+            f"rank {self.rank} waited {seconds:.1f} s for rank {rank} {what}, round "
+            f"{int(row[w.ROUND])} of mailbox {mailbox.index}. Is rank {rank} alive? If it is only "
+            "slow (compiling, writing a checkpoint), raise join(timeout=...).",
+            rank,
+            what,
+            seconds,
+        )

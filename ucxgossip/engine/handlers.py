@@ -1,0 +1,166 @@
+"""What arrives as active messages: small payloads, credits and bells.
+
+UCX calls these from ``ucp_worker_progress``, so they run compiled, without the GIL, in whatever
+thread drives. Each gets the address of the engine's words. Nothing in a message is trusted: a
+header that does not fit is counted and dropped before any memory is touched.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from numba import cfunc, types
+
+from ucxgossip import jit
+from ucxgossip.engine import words as w
+from ucxgossip.mailbox import CREDIT_WINDOW
+
+_WINDOW_MASK = CREDIT_WINDOW - 1
+
+
+@jit.njit
+def mailbox_words(engine: Any, index: int) -> Any:
+    """Row `index` of the mailbox table."""
+    return jit.view_words(engine[w.TABLE] + 8 * w.MAILBOX_WORDS * index, w.MAILBOX_WORDS)
+
+
+@jit.njit
+def mailbox_floats(engine: Any, index: int) -> Any:
+    """Row `index` of the floats beside the mailbox table."""
+    return jit.view_float64(engine[w.FLOAT_TABLE] + 8 * w.FLOATS * index, w.FLOATS)
+
+
+@jit.njit
+def _header(address: int, header: int, header_bytes: int) -> Any:
+    """The engine's words, and whether the header (copied into them) names a mailbox and chunk."""
+    engine = jit.view_words(address, w.ENGINE_WORDS)
+    if header_bytes != w.HEADER_BYTES:
+        engine[w.MALFORMED] += 1
+        return engine, False
+    copy = address + 8 * w.HEADER_COPY
+    jit.copy_memory(copy, header, w.HEADER_BYTES)
+    fields = jit.view_words(copy, w.HEADER_WORDS)
+    fits = (
+        0 <= fields[0] < engine[w.MAILBOXES]
+        and fields[1] >= 0
+        and fields[2] >= 0
+        and fields[3] == engine[w.EPOCH]
+    )
+    if fits:
+        fits = fields[2] < mailbox_words(engine, fields[0])[w.CHUNKS]
+    if not fits:
+        engine[w.MALFORMED] += 1
+    return engine, fits
+
+
+@jit.njit
+def signal_index(mailbox: Any, number: int, chunk: int) -> int:
+    """Where the signal word of (round, chunk) stands among the mailbox's signal words."""
+    return (number % mailbox[w.DEPTH]) * mailbox[w.CHUNKS] + chunk
+
+
+@jit.njit
+def signal_words(mailbox: Any) -> Any:
+    """The signal words that others put."""
+    return jit.view_words(mailbox[w.SIGNALS], mailbox[w.DEPTH] * mailbox[w.CHUNKS])
+
+
+@jit.njit
+def arrived(engine: Any, mailbox: Any, number: int, chunk: int) -> bool:
+    """Whether chunk `chunk` of round `number` is in its slot."""
+    expected = (engine[w.EPOCH] << 48) | (number + 1)
+    index = signal_index(mailbox, number, chunk)
+    return jit.load_acquire(signal_words(mailbox), index) == expected
+
+
+@jit.njit
+def seen(engine: Any, mailbox: Any, number: int, chunk: int) -> bool:
+    """Whether the signal of a bell has become visible, be it overwritten by a later round's."""
+    expected = (engine[w.EPOCH] << 48) | (number + 1)
+    index = signal_index(mailbox, number, chunk)
+    return jit.load_acquire(signal_words(mailbox), index) >= expected
+
+
+@jit.njit
+def on_data(
+    address: int, header: int, header_bytes: int, data: int, nbytes: int, param: int
+) -> int:
+    """A whole round in one message: copy it into its slot, then raise its signal."""
+    engine, fits = _header(address, header, header_bytes)
+    if fits:
+        number = engine[w.HEADER_COPY + 1]
+        mailbox = mailbox_words(engine, engine[w.HEADER_COPY])
+        if nbytes > min(mailbox[w.CAPACITY], mailbox[w.CHUNK]):
+            engine[w.MALFORMED] += 1
+            return 0
+        slot = number % mailbox[w.DEPTH]
+        jit.copy_memory(mailbox[w.SLOTS] + slot * mailbox[w.STRIDE], data, nbytes)
+        expected = (engine[w.EPOCH] << 48) | (number + 1)
+        jit.store_release(signal_words(mailbox), signal_index(mailbox, number, 0), expected)
+    return 0
+
+
+@jit.njit
+def on_credit(
+    address: int, header: int, header_bytes: int, data: int, nbytes: int, param: int
+) -> int:
+    """The slot of a round is free for this rank to write."""
+    engine, fits = _header(address, header, header_bytes)
+    if fits:
+        number = engine[w.HEADER_COPY + 1]
+        mailbox = mailbox_words(engine, engine[w.HEADER_COPY])
+        credits = jit.view_words(mailbox[w.CREDITS], CREDIT_WINDOW)
+        credits[number & _WINDOW_MASK] = number + 1
+    return 0
+
+
+@jit.njit
+def on_bell(
+    address: int, header: int, header_bytes: int, data: int, nbytes: int, param: int
+) -> int:
+    """A put was signalled. UCX orders no message after a put, so the signal may come later than
+    its bell: it is noted, and nobody sleeps before it is seen.
+    """
+    engine, fits = _header(address, header, header_bytes)
+    if fits:
+        index, number = engine[w.HEADER_COPY], engine[w.HEADER_COPY + 1]
+        chunk = engine[w.HEADER_COPY + 2]
+        count = engine[w.UNSEEN]
+        mailbox = mailbox_words(engine, index)
+        if not seen(engine, mailbox, number, chunk) and count < w.UNSEEN_MAX:
+            entry = w.UNSEEN + 1 + 3 * count
+            engine[entry], engine[entry + 1], engine[entry + 2] = index, number, chunk
+            engine[w.UNSEEN] = count + 1
+    return 0
+
+
+@jit.njit
+def all_seen(engine: Any) -> bool:
+    """Whether every bell's signal is visible; forgets those that are."""
+    count = engine[w.UNSEEN]
+    kept = 0
+    for i in range(count):
+        entry = w.UNSEEN + 1 + 3 * i
+        mailbox = mailbox_words(engine, engine[entry])
+        if not seen(engine, mailbox, engine[entry + 1], engine[entry + 2]):
+            target = w.UNSEEN + 1 + 3 * kept
+            for k in range(3):
+                engine[target + k] = engine[entry + k]
+            kept += 1
+    engine[w.UNSEEN] = kept
+    return kept == 0
+
+
+_word = types.int64
+_SIGNATURE = types.int8(_word, _word, _word, _word, _word, _word)
+
+
+@lru_cache(maxsize=1)
+def callbacks() -> dict[int, Any]:
+    """C functions of the handlers by message id; keep them as long as a worker lives."""
+    table = {w.AM_DATA: on_data, w.AM_CREDIT: on_credit, w.AM_BELL: on_bell}
+    return {
+        ident: cfunc(_SIGNATURE, nopython=True, cache=True)(handler.py_func)
+        for ident, handler in table.items()
+    }

@@ -1,0 +1,300 @@
+"""One round of one mailbox, as a state machine that never waits.
+
+`advance` moves a round as far as it goes now and returns; whoever drives calls it again. A round
+puts its source chunk by chunk into the partner's slot, each chunk followed by its signal, and
+mixes the chunks that arrive into its target. In place, chunk c is mixed once its own copy has left
+(`SENT`) and the partner's has come. When all is mixed and all has left, the credit for the slot's
+next round goes to whoever will write it.
+
+Order of data and signal: put, fence, put (docs/protocol.md). Nothing here blocks, raises or
+allocates; a UCX error ends the round with its status.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import types
+
+from ucxgossip import jit
+from ucxgossip.engine import words as w
+from ucxgossip.engine.handlers import arrived, signal_index
+from ucxgossip.kernels.cpu import mix
+from ucxgossip.mailbox import CREDIT_WINDOW
+from ucxgossip.ucp import ops
+
+_WINDOW_MASK = CREDIT_WINDOW - 1
+_IN_PROGRESS = 1
+
+
+@jit.njit
+def _fail(mailbox: Any, status: int) -> int:
+    mailbox[w.FAILURE] = status
+    mailbox[w.DONE_NS] = jit.now_ns()
+    jit.store_release(mailbox, w.STATE, w.FAILED)
+    return 1
+
+
+@jit.njit
+def _endpoint(engine: Any, rank: int) -> int:
+    return jit.view_words(engine[w.ENDPOINTS], engine[w.RANKS])[rank]  # type: ignore[no-any-return]
+
+
+@jit.njit
+def _send(
+    engine: Any, mailbox: Any, rank: int, ident: int, number: int, chunk: int, nbytes: int
+) -> int:
+    """Send an active message about (round, chunk); `nbytes` of the source go with it."""
+    header = mailbox[w.HEADERS] + w.HEADER_BYTES * ((number + chunk) % w.HEADER_RING)
+    header += w.HEADER_BYTES * w.HEADER_RING * ident
+    fields = jit.view_words(header, w.HEADER_WORDS)
+    fields[0], fields[1], fields[2] = mailbox[w.INDEX], number, chunk
+    fields[3] = engine[w.EPOCH]
+    data = mailbox[w.SOURCE] if nbytes else 0
+    return ops.send(
+        _endpoint(engine, rank),
+        ident,
+        header,
+        w.HEADER_BYTES,
+        data,
+        nbytes,
+        engine[w.EAGER_PARAM],
+    )
+
+
+@jit.njit
+def _forget(request: int) -> int:
+    """Give back a request whose completion nobody awaits; its error status, or 0."""
+    if request > 0:
+        ops.free(request)
+        return 0
+    return request
+
+
+@jit.njit
+def grant(engine: Any, mailbox: Any, rank: int, number: int) -> int:
+    """Tell `rank` that it may write the slot of round `number`; an error status, or 0."""
+    return _forget(_send(engine, mailbox, rank, w.AM_CREDIT, number, 0, 0))
+
+
+@jit.njit
+def _credited(mailbox: Any) -> bool:
+    """Whether the partner's slot is free for this round."""
+    if mailbox[w.NEED_CREDIT] == 0:
+        return True
+    credits = jit.view_words(mailbox[w.CREDITS], CREDIT_WINDOW)
+    if credits[mailbox[w.ROUND] & _WINDOW_MASK] != mailbox[w.ROUND] + 1:
+        return False
+    mailbox[w.NEED_CREDIT] = 0
+    mailbox[w.CREDITED_NS] = jit.now_ns()
+    return True
+
+
+@jit.njit
+def _put_signalled(engine: Any, mailbox: Any, part: int, offset: int, nbytes: int) -> int:
+    """Put one chunk and, behind a fence, its signal; the data's request as `ops.put` gives it."""
+    to, number = mailbox[w.TO], mailbox[w.ROUND]
+    endpoint = _endpoint(engine, to)
+    peer = jit.view_words(mailbox[w.PEERS], 2 * engine[w.RANKS])
+    base, key = peer[2 * to], peer[2 * to + 1]
+    slot = mailbox[w.SLOTS_OFFSET] + (number % mailbox[w.DEPTH]) * mailbox[w.STRIDE]
+    request = ops.put(
+        endpoint,
+        mailbox[w.SOURCE] + offset,
+        nbytes,
+        base + slot + offset,
+        key,
+        mailbox[w.SOURCE_PARAM],
+    )
+    if request < 0:
+        return request
+    status = np.int64(ops.fence(engine[w.WORKER]))
+    if status < 0:
+        return status
+    index = signal_index(mailbox, number, part)
+    word = mailbox[w.OUTGOING] + 8 * index
+    jit.view_words(word, 1)[0] = (engine[w.EPOCH] << 48) | (number + 1)
+    remote = base + mailbox[w.SIGNALS_OFFSET] + 8 * index
+    status = _forget(ops.put(endpoint, word, 8, remote, key, mailbox[w.OUT_PARAM]))
+    if status < 0:
+        return status
+    if engine[w.RING]:
+        status = _forget(_send(engine, mailbox, to, w.AM_BELL, number, part, 0))
+        if status < 0:
+            return status
+    return request
+
+
+@jit.njit
+def _put_next(engine: Any, mailbox: Any) -> int:
+    """Put the next chunk if credit and window allow; 1 if it did."""
+    part = mailbox[w.PUT]
+    if (
+        mailbox[w.TO] < 0
+        or part == mailbox[w.PARTS]
+        or part - mailbox[w.SENT] == mailbox[w.WINDOW]
+        or not _credited(mailbox)
+    ):
+        return 0
+    offset = part * mailbox[w.CHUNK]
+    nbytes = min(mailbox[w.CHUNK], mailbox[w.NBYTES] - offset)
+    if mailbox[w.NBYTES] <= engine[w.EAGER]:
+        request = _send(
+            engine, mailbox, mailbox[w.TO], w.AM_DATA, mailbox[w.ROUND], 0, nbytes
+        )
+    else:
+        request = _put_signalled(engine, mailbox, part, offset, nbytes)
+    if request < 0:
+        return _fail(mailbox, request)
+    requests = jit.view_words(mailbox[w.REQUESTS], mailbox[w.WINDOW])
+    requests[part % mailbox[w.WINDOW]] = request
+    mailbox[w.PUT] = part + 1
+    return 1
+
+
+@jit.njit
+def _reap(mailbox: Any) -> int:
+    """Count the chunks whose source is free again; how many became so."""
+    requests = jit.view_words(mailbox[w.REQUESTS], mailbox[w.WINDOW])
+    moved = 0
+    while mailbox[w.SENT] < mailbox[w.PUT]:
+        request = requests[mailbox[w.SENT] % mailbox[w.WINDOW]]
+        if request > 0:
+            status = np.int64(ops.check(request))
+            if status == _IN_PROGRESS:
+                break
+            ops.free(request)
+            if status < 0:
+                return _fail(mailbox, status)
+        mailbox[w.SENT] += 1
+        moved += 1
+    return moved
+
+
+@jit.njit
+def _apply(mailbox: Any, floats: Any, target: int, source: int, nbytes: int) -> None:
+    """Mix or copy one arrived chunk into the target."""
+    operation = mailbox[w.OPERATION]
+    if operation == w.MIX_FLOAT32:
+        count = nbytes // 4
+        floats[w.DISTANCE] += mix(
+            jit.view_float32(target, count),
+            jit.view_float32(source, count),
+            np.float32(floats[w.ALPHA]),
+        )
+    elif operation == w.MIX_FLOAT64:
+        count = nbytes // 8
+        floats[w.DISTANCE] += mix(
+            jit.view_float64(target, count), jit.view_float64(source, count), floats[w.ALPHA]
+        )
+    else:
+        jit.copy_memory(target, source, nbytes)
+
+
+@jit.njit
+def _mix_next(engine: Any, mailbox: Any, floats: Any) -> int:
+    """Mix the next chunk if it has arrived and its own copy has left; 1 if it did."""
+    part = mailbox[w.MIXED]
+    if mailbox[w.FROM] < 0 or part == mailbox[w.PARTS] or mailbox[w.HELD]:
+        return 0
+    if mailbox[w.TO] >= 0 and mailbox[w.SENT] <= part and mailbox[w.SOURCE] == mailbox[w.TARGET]:
+        return 0
+    if not arrived(engine, mailbox, mailbox[w.ROUND], part):
+        return 0
+    offset = part * mailbox[w.CHUNK]
+    nbytes = min(mailbox[w.CHUNK], mailbox[w.NBYTES] - offset)
+    slot = mailbox[w.SLOTS] + (mailbox[w.ROUND] % mailbox[w.DEPTH]) * mailbox[w.STRIDE]
+    _apply(mailbox, floats, mailbox[w.TARGET] + offset, slot + offset, nbytes)
+    mailbox[w.MIXED] = part + 1
+    return 1
+
+
+@jit.njit
+def _finish(engine: Any, mailbox: Any) -> int:
+    """End the round when nothing is left to do; 1 if it did."""
+    if mailbox[w.TO] >= 0 and mailbox[w.SENT] < mailbox[w.PARTS]:
+        return 0
+    if mailbox[w.FROM] >= 0 and mailbox[w.MIXED] < mailbox[w.PARTS]:
+        return 0
+    if mailbox[w.GRANT_NEXT] >= 0:
+        following = mailbox[w.ROUND] + mailbox[w.DEPTH]
+        status = grant(engine, mailbox, mailbox[w.GRANT_NEXT], following)
+        if status < 0:
+            return _fail(mailbox, status)
+    mailbox[w.DONE_NS] = jit.now_ns()
+    jit.store_release(mailbox, w.STATE, w.DONE)
+    return 1
+
+
+@jit.njit
+def advance(engine: Any, mailbox: Any, floats: Any) -> int:
+    """Move the active round of `mailbox` as far as it goes now; non-zero if anything moved."""
+    if mailbox[w.GRANT_NOW] >= 0:
+        status = grant(engine, mailbox, mailbox[w.GRANT_NOW], mailbox[w.ROUND])
+        mailbox[w.GRANT_NOW] = -1
+        if status < 0:
+            return _fail(mailbox, status)
+    moved = _put_next(engine, mailbox)
+    if mailbox[w.STATE] == w.FAILED:
+        return moved
+    moved += _reap(mailbox)
+    if mailbox[w.STATE] == w.FAILED:
+        return moved
+    moved += _mix_next(engine, mailbox, floats)
+    return moved + _finish(engine, mailbox)
+
+
+@jit.njit
+def post(
+    engine: Any,
+    mailbox: Any,
+    floats: Any,
+    number: int,
+    source: int,
+    source_param: int,
+    target: int,
+    nbytes: int,
+    to: int,
+    sender: int,
+    operation: int,
+    alpha: float,
+    held: int,
+    need_credit: int,
+    grant_now: int,
+    grant_next: int,
+) -> None:
+    """Start round `number` of `mailbox`; whoever drives takes it from here.
+
+    The arguments are the mailbox words of the same names (`words`); the last round has ended.
+    """
+    mailbox[w.ROUND] = number
+    mailbox[w.SOURCE] = source
+    mailbox[w.SOURCE_PARAM] = source_param
+    mailbox[w.TARGET] = target
+    mailbox[w.NBYTES] = nbytes
+    mailbox[w.PARTS] = (nbytes + mailbox[w.CHUNK] - 1) // mailbox[w.CHUNK]
+    mailbox[w.TO] = to
+    mailbox[w.FROM] = sender
+    mailbox[w.OPERATION] = operation
+    mailbox[w.HELD] = held
+    mailbox[w.NEED_CREDIT] = need_credit
+    mailbox[w.GRANT_NOW] = grant_now
+    mailbox[w.GRANT_NEXT] = grant_next
+    mailbox[w.PUT] = 0
+    mailbox[w.SENT] = 0
+    mailbox[w.MIXED] = 0
+    mailbox[w.FAILURE] = 0
+    now = jit.now_ns()
+    mailbox[w.POSTED_NS] = now
+    mailbox[w.CREDITED_NS] = now
+    floats[w.ALPHA] = alpha
+    floats[w.DISTANCE] = 0.0
+    jit.store_release(mailbox, w.STATE, w.ACTIVE)
+
+
+_words = types.int64[::1]
+POST_SIGNATURE = types.void(
+    _words, _words, types.float64[::1], *(types.int64,) * 8, types.float64, *(types.int64,) * 4
+)
+"""The signature under which `post` is compiled ahead of its first call."""

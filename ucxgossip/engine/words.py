@@ -1,0 +1,105 @@
+"""The words that Python and compiled code share: one int64 array an engine, one row a mailbox.
+
+Plain indices into int64 arrays, because compiled code, interpreted code, the active-message
+handlers (which get a bare address) and Python all read them. Words that several threads write are
+touched by the atomics of `jit` only, and stand on cache lines of their own.
+"""
+
+from __future__ import annotations
+
+# --- engine words ------------------------------------------------------------------------------
+WORKER = 0  # ucp_worker_h
+EVENT_FD = 1  # the worker's event descriptor
+ENGINE_FD = 2  # eventfd that wakes the engine thread
+DRIVER_FD = 3  # eventfd that wakes a waiting caller that drives
+TABLE = 4  # address of the mailbox table
+MAILBOXES = 5  # rows in use
+ENDPOINTS = 6  # address of ucp_ep_h by rank, 0 where there is none
+RANKS = 7  # length of that
+EAGER = 8  # largest payload that travels with its signal in one message, bytes
+RING = 9  # 1 where a put does not wake a sleeping target
+EPOCH = 10  # membership epoch
+PLAIN = 11  # address of an empty ucp_request_param_t
+EAGER_PARAM = 12  # address of the ucp_request_param_t of active messages
+MALFORMED = 13  # active messages refused
+SLEEPS = 14  # times a thread slept
+SPINS = 15  # idle passes before yielding
+YIELDS = 16  # idle passes that yield before sleeping
+RANK = 17  # this rank
+FLOAT_TABLE = 18  # address of the mailboxes' floats
+
+LOCK = 24  # 1 while a thread drives the worker
+DRIVERS = 32  # callers that drive or want to
+DRIVES = 40  # calls that drove, so far
+STOP = 48  # 1 ends the engine thread
+UNSEEN = 56  # bells whose signal was not visible yet; (mailbox, round, chunk) triples follow
+UNSEEN_MAX = 64
+HEADER_COPY = UNSEEN + 1 + 3 * UNSEEN_MAX  # an aligned copy of the header being handled
+ENGINE_WORDS = HEADER_COPY + 8
+
+# --- mailbox words: fixed ----------------------------------------------------------------------
+STATE = 0
+SLOTS = 1  # local address of slot 0
+SIGNALS = 2  # local address of the signal words
+OUTGOING = 3  # local address of the words put from
+STRIDE = 4  # bytes between slots
+DEPTH = 5
+CHUNK = 6  # bytes
+CHUNKS = 7  # signal words a slot
+CAPACITY = 8  # bytes of a slot's payload
+WINDOW = 9  # chunks in flight
+CREDITS = 10  # local address of the credit window
+PEERS = 11  # local address of (address, rkey) by rank
+REQUESTS = 12  # local address of `WINDOW` requests in flight
+HEADERS = 13  # local address of a ring of message headers
+SLOTS_OFFSET = 14  # of slot 0 in the region, equal on all ranks
+SIGNALS_OFFSET = 15
+OUT_PARAM = 16  # ucp_request_param_t of signal puts
+INDEX = 17  # this row's number
+
+# --- mailbox words: of the round under way -----------------------------------------------------
+ROUND = 20  # number
+SOURCE = 21  # address
+SOURCE_PARAM = 22  # ucp_request_param_t of data puts
+TARGET = 23  # address
+NBYTES = 24
+PARTS = 25  # chunks of this round
+TO = 26  # rank put to, -1: none
+FROM = 27  # rank received from, -1: none
+OPERATION = 28
+HELD = 29  # 1: do not mix yet
+NEED_CREDIT = 30  # 1: wait for the credit of this round before the first put
+GRANT_NOW = 31  # rank that gets the credit of this round at once, -1: none
+GRANT_NEXT = 32  # rank that gets the credit of round + depth at the end, -1: none
+PUT = 33  # chunks put
+SENT = 34  # chunks whose source may change
+MIXED = 35  # chunks mixed
+FAILURE = 36  # a negative ucs_status_t
+POSTED_NS = 37
+CREDITED_NS = 38
+DONE_NS = 39
+MAILBOX_WORDS = 40
+
+# --- floats of a mailbox -----------------------------------------------------------------------
+ALPHA = 0
+DISTANCE = 1  # squared distance of what was mixed, accumulated
+FLOATS = 2
+
+# --- values of STATE ---------------------------------------------------------------------------
+IDLE = 0
+ACTIVE = 1
+DONE = 2
+FAILED = 3
+
+# --- values of OPERATION -----------------------------------------------------------------------
+COPY = 0
+MIX_FLOAT32 = 1
+MIX_FLOAT64 = 2
+
+# --- active messages ---------------------------------------------------------------------------
+AM_DATA = 0
+AM_CREDIT = 1
+AM_BELL = 2
+HEADER_WORDS = 4  # mailbox, round, chunk, epoch
+HEADER_BYTES = 8 * HEADER_WORDS
+HEADER_RING = 64

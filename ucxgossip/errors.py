@@ -1,0 +1,132 @@
+"""Every error that ucxgossip raises on purpose.
+
+GossipError
+ +-- ArgumentError (ValueError)          an argument that cannot be served
+ |    +-- ArrayError                     an array or tensor: layout, dtype, device, size
+ |    +-- ScheduleError                  a schedule that does not fit the group
+ +-- LibraryError (ImportError)          libucp
+ |    +-- LibraryNotFoundError           no libucp on this machine
+ |    +-- LibrarySymbolError             a libucp that lacks a function we call
+ +-- UCXError (RuntimeError)             a UCX call returned an error status
+ +-- RendezvousError (RuntimeError)      the meeting of the ranks
+ |    +-- PortInUseError                 another program listens on MASTER_PORT
+ |    +-- RankMissingError (TimeoutError)    who did not come, and after how long
+ |    +-- MismatchError                  ranks disagree; the same message on every rank
+ +-- ExchangeError (RuntimeError)        a round that did not end well
+ |    +-- ExchangeTimeoutError (TimeoutError)  who was waited for, for what, how long
+ |    +-- PeerError                      another rank left with an error
+ +-- ClosedError (RuntimeError)          use after close()
+ +-- ModelError (ValueError)             a model or optimizer that cannot be attached
+ |    +-- AlreadyAttachedError           attach() twice
+ |    +-- SparseGradientError            a sparse gradient
+ |    +-- AccumulationError              a second backward over gradients under way
+ +-- BenchError (RuntimeError)           a benchmark that could not measure what it says
+
+Each message says what was wrong, where, and what to do. Arguments are checked before anything
+changes.
+"""
+
+from __future__ import annotations
+
+
+class GossipError(Exception):
+    """Base of every error raised by ucxgossip."""
+
+
+class ArgumentError(GossipError, ValueError):
+    """An argument that cannot be served."""
+
+
+class ArrayError(ArgumentError):
+    """An array or tensor whose layout, dtype, device or size cannot be exchanged."""
+
+
+class ScheduleError(ArgumentError):
+    """A schedule that does not fit the group."""
+
+
+class LibraryError(GossipError, ImportError):
+    """libucp cannot be used."""
+
+
+class LibraryNotFoundError(LibraryError):
+    """No libucp was found on this machine."""
+
+
+class LibrarySymbolError(LibraryError):
+    """The libucp found lacks a function that ucxgossip calls."""
+
+
+class UCXError(GossipError, RuntimeError):
+    """A UCX call returned an error status.
+
+    Attributes: `call`, the C function; `status`, the negative ``ucs_status_t``; `name`, its name.
+    """
+
+    def __init__(self, call: str, status: int, name: str, detail: str = "") -> None:
+        self.call, self.status, self.name = call, status, name
+        super().__init__(f"{call}: {name} ({status}){': ' + detail if detail else ''}")
+
+
+class RendezvousError(GossipError, RuntimeError):
+    """The ranks of the job could not meet."""
+
+
+class PortInUseError(RendezvousError):
+    """Another program listens on the port that rank 0 must open."""
+
+
+class RankMissingError(RendezvousError, TimeoutError):
+    """Some ranks did not come before the deadline. Attribute: `ranks`, those missing."""
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
+        self.ranks = ranks
+        super().__init__(message)
+
+
+class MismatchError(RendezvousError):
+    """The ranks disagree on something all must share; every rank gets the same message."""
+
+
+class ExchangeError(GossipError, RuntimeError):
+    """A round did not end well."""
+
+
+class ExchangeTimeoutError(ExchangeError, TimeoutError):
+    """A round's deadline passed. Attributes: `rank` waited for, `what` for, `seconds` waited."""
+
+    def __init__(self, message: str, rank: int, what: str, seconds: float) -> None:
+        self.rank, self.what, self.seconds = rank, what, seconds
+        super().__init__(message)
+
+
+class PeerError(ExchangeError):
+    """Another rank left the job with an error. Attribute: `rank`."""
+
+    def __init__(self, message: str, rank: int) -> None:
+        self.rank = rank
+        super().__init__(message)
+
+
+class ClosedError(GossipError, RuntimeError):
+    """Something was used after its close()."""
+
+
+class ModelError(GossipError, ValueError):
+    """A model or optimizer that cannot be attached."""
+
+
+class AlreadyAttachedError(ModelError):
+    """The model or optimizer is attached already; detach() it first."""
+
+
+class SparseGradientError(ModelError):
+    """A parameter got a sparse gradient, which has no fixed place in a bucket."""
+
+
+class AccumulationError(ModelError):
+    """A second backward reached gradients that are being exchanged; use ``gossip.no_sync()``."""
+
+
+class BenchError(GossipError, RuntimeError):
+    """A benchmark could not measure what it says."""

@@ -1,0 +1,445 @@
+"""The ranks of a job: joining, endpoints made when first needed, and rounds by schedule.
+
+>>> import numpy as np, ucxgossip as ug
+>>> with ug.join() as group:                      # one process a rank, started by torchrun
+...     x = np.full(1000, float(group.rank), np.float32)
+...     group.exchange(x)                         # x is now the mean of mine and a partner's
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ucxgossip import rendezvous
+from ucxgossip.engine import Engine, Post, Tuning
+from ucxgossip.engine import words as w
+from ucxgossip.errors import (
+    ArgumentError,
+    ArrayError,
+    ClosedError,
+    ExchangeError,
+    GossipError,
+    ScheduleError,
+    UCXError,
+)
+from ucxgossip.mailbox import Layout, Mailbox, parse_description
+from ucxgossip.schedule import Dissemination, Rotated, Round, Schedule
+from ucxgossip.ucp.context import TRANSPORTS, Context
+from ucxgossip.ucp.lib import status_name
+from ucxgossip.ucp.memory import MemoryRegion, RemoteKey
+
+PROTOCOL = 1
+"""Raised whenever ranks of different releases could not work together."""
+
+DEFAULT_TIMEOUT = 300.0
+_SLICE = 1.0
+
+TUNING: dict[str, Tuning] = {
+    "tcp": Tuning(chunk=1 << 20, window=4),
+    "shm": Tuning(chunk=1 << 18, window=16),
+    "auto": Tuning(chunk=1 << 18, window=16),
+}
+"""Chunk and window by transport, as measured on loopback (docs/protocol.md)."""
+
+_OPERATIONS = {np.dtype(np.float32): w.MIX_FLOAT32, np.dtype(np.float64): w.MIX_FLOAT64}
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Memory of a payload: an address, its size, and the ``ucp_request_param_t`` to put it with.
+
+    `owner` keeps the memory alive. `param` 0: not registered.
+    """
+
+    address: int
+    nbytes: int
+    dtype: np.dtype[Any]
+    owner: object
+    param: int = 0
+
+    @classmethod
+    def of(cls, array: NDArray[Any], region: MemoryRegion | None = None) -> Buffer:
+        """The memory of a 1-D contiguous writeable array; `ArrayError` for others."""
+        if not isinstance(array, np.ndarray):
+            raise ArrayError(
+                f"exchange takes a NumPy array, not {type(array).__name__}; for a CPU tensor "
+                "pass tensor.numpy()"
+            )
+        if array.ndim != 1 or not array.flags.c_contiguous:
+            raise ArrayError(
+                f"the array must be 1-D and contiguous, not shape {array.shape} with strides "
+                f"{array.strides}; pass np.ascontiguousarray(array).ravel()"
+            )
+        if not array.flags.writeable:
+            raise ArrayError("the array is read-only; it is averaged in place")
+        param = 0 if region is None else region.param_address
+        return cls(array.ctypes.data, array.nbytes, array.dtype, array, param)
+
+
+def join(
+    rank: int | None = None,
+    size: int | None = None,
+    store: rendezvous.Store | None = None,
+    transport: str = "auto",
+    timeout: float = DEFAULT_TIMEOUT,
+    settings: Mapping[str, str] | None = None,
+    tuning: Tuning | None = None,
+) -> Group:
+    """Join the job: returns when every rank is here. Collective.
+
+    rank, size, store: from torchrun's environment by default (RANK, WORLD_SIZE, MASTER_ADDR,
+    MASTER_PORT; without them, a job of one rank). `store` is anything with the methods of
+    ``torch.distributed.Store`` that `rendezvous.Store` lists. transport: ``"auto"``, ``"tcp"`` or
+    ``"shm"``. timeout: seconds that any wait of this group may take. settings: UCX settings by
+    name. tuning: constants of the engine.
+
+    Raises `RankMissingError`, `MismatchError`, `PortInUseError`, `LibraryNotFoundError` or
+    `ArgumentError`; nothing is left behind then.
+    """
+    if transport not in TRANSPORTS:
+        known = ", ".join(repr(name) for name in TRANSPORTS)
+        raise ArgumentError(f"unknown transport {transport!r}; choose one of {known}")
+    if not timeout > 0:
+        raise ArgumentError(f"timeout is {timeout}; must be a positive number of seconds")
+    place = rendezvous.Place.from_environment(rank, size)
+    if store is None:
+        store = _Solitary() if place.size == 1 else rendezvous.open_store(place, timeout)
+    meeting = rendezvous.Rendezvous(store, place.rank, place.size, timeout)
+    chosen = dict(settings or {})
+    if place.local_size == place.size:
+        chosen.setdefault("NET_DEVICES", "lo")
+    context = Context(transport, chosen, estimated_peers=place.size)
+    try:
+        return Group(context, meeting, tuning or TUNING[transport])
+    except BaseException:
+        context.close()
+        raise
+
+
+class _Solitary:
+    """The store of a job of one rank: a dictionary."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, bytes] = {}
+
+    def set(self, key: str, value: Any) -> None:
+        self._values[key] = value.encode() if isinstance(value, str) else value
+
+    def get(self, key: str) -> bytes:
+        return self._values[key]
+
+    def add(self, key: str, amount: int) -> int:
+        value = int(self._values.get(key, b"0")) + amount
+        self._values[key] = str(value).encode()
+        return value
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self._values for key in keys)
+
+    def wait(self, keys: list[str], timeout: object) -> None:
+        if not self.check(keys):
+            raise TimeoutError(f"timeout: {keys}")
+
+
+class Group:
+    """The ranks of a job and what goes between them. Made by `join`."""
+
+    def __init__(self, context: Context, meeting: rendezvous.Rendezvous, tuning: Tuning) -> None:
+        self.context, self.tuning = context, tuning
+        self.rank, self.size, self.timeout = meeting.rank, meeting.size, meeting.timeout
+        self._meeting = meeting
+        self._closed = False
+        self._failure: GossipError | None = None
+        self._exchange_box: Mailbox | None = None
+        self._exchange_dtype: np.dtype[Any] | None = None
+        self._default_schedule = Rotated(Dissemination(self.size), seed=0)
+        self.engine = Engine(
+            context, self.rank, self.size, tuning, ring=context.transport != "tcp"
+        )
+        try:
+            meeting.publish("worker", self.engine.worker.address)
+            meeting.agree(
+                "join",
+                {
+                    "world size": self.size,
+                    "protocol": PROTOCOL,
+                    "transport": context.transport,
+                    "chunk": tuning.chunk,
+                },
+            )
+        except BaseException:
+            self.engine.close()
+            raise
+        self.engine.start()
+
+    # --- mailboxes and partners ----------------------------------------------------------------
+
+    def agree(self, name: str, facts: Mapping[str, object]) -> None:
+        """Meet all ranks and check that they bring the same facts (`MismatchError`). Collective."""
+        self._check_usable()
+        self._meeting.agree(name, facts)
+
+    def mailbox(self, nbytes: int, depth: int = 2) -> Mailbox:
+        """A stream of rounds of at most `nbytes` each, `depth` of which may wait. Collective."""
+        self._check_usable()
+        if isinstance(nbytes, bool) or not isinstance(nbytes, int) or nbytes < 1:
+            raise ArgumentError(f"mailbox of {nbytes!r} bytes; must be a positive whole number")
+        layout = Layout(nbytes, depth, self.tuning.chunk)
+        mailbox = Mailbox(self.context, layout, self.size)
+        try:
+            self.engine.open(mailbox)
+        except BaseException:
+            mailbox.close()
+            raise
+        name = f"mailbox {mailbox.index}"
+        self._meeting.publish(name, mailbox.describe())
+        self._meeting.agree(name, {"bytes": nbytes, "depth": depth})
+        return mailbox
+
+    def reach(self, rank: int, mailbox: Mailbox) -> None:
+        """Make sure that `mailbox` can be put to on `rank`: endpoint and remote key."""
+        if rank in mailbox.keys:
+            return
+        if rank not in self.engine.endpoints:
+            self.engine.connect(rank, self._meeting.collect("worker", rank))
+        blob = self._meeting.collect(f"mailbox {mailbox.index}", rank)
+        address, packed = parse_description(blob, mailbox.layout, rank)
+        with self.engine.locked():
+            key = RemoteKey(self.engine.endpoints[rank], packed)
+            mailbox.set_peer(rank, key, address)
+
+    def allocate(self, nbytes: int) -> MemoryRegion:
+        """Zeroed registered memory for payloads; freed when the group closes."""
+        self._check_usable()
+        with self.engine.locked():
+            return MemoryRegion(self.context, nbytes=nbytes)
+
+    # --- rounds --------------------------------------------------------------------------------
+
+    def post(
+        self,
+        mailbox: Mailbox,
+        source: Buffer,
+        target: Buffer,
+        this: Round,
+        ahead: Round | None = None,
+        mix: bool = True,
+        held: bool = False,
+        kick: bool = True,
+    ) -> None:
+        """Start the next round of `mailbox` and return.
+
+        source goes to ``this.to``; what ``this.sender`` puts is mixed into (mix=False: copied to)
+        target. ahead: the mailbox's round `depth` later, if it is known: its sender gets its
+        credit as soon as the slot is free, and may then put before this rank posts. Without it
+        the credit goes out when that round is posted. All rounds of one mailbox are of one kind.
+        """
+        self._check_usable()
+        for rank in (this.to, this.sender, ahead.sender if ahead else None):
+            if rank is not None:
+                self.reach(rank, mailbox)
+        early = ahead is not None
+        self.engine.post(
+            mailbox,
+            Post(
+                source=source.address,
+                target=target.address,
+                nbytes=source.nbytes,
+                to=-1 if this.to is None else this.to,
+                sender=-1 if this.sender is None else this.sender,
+                operation=_OPERATIONS[target.dtype] if mix else w.COPY,
+                alpha=this.weight,
+                source_param=source.param,
+                held=held,
+                need_credit=not early or mailbox.round >= mailbox.layout.depth,
+                grant_now=-1 if early or this.sender is None else this.sender,
+                grant_next=-1 if ahead is None or ahead.sender is None else ahead.sender,
+            ),
+            kick,
+        )
+
+    def wait(self, mailbox: Mailbox, timeout: float | None = None) -> None:
+        """Block until the mailbox's round has ended; drives the engine meanwhile.
+
+        Raises `ExchangeTimeoutError` after `timeout` seconds (the group's by default), `PeerError`
+        when another rank left with an error, `UCXError` when a put failed.
+        """
+        self._check_usable()
+        limit = self.timeout if timeout is None else timeout
+        start = time.monotonic()
+        while not self.engine.wait(mailbox, min(_SLICE, limit)):
+            waited = time.monotonic() - start
+            try:
+                self._meeting.raise_if_aborted()
+            except ExchangeError as error:
+                self._fail(error)
+            if waited >= limit:
+                self._fail(self.engine.describe_wait(mailbox, waited))
+        row = self.engine.table[mailbox.index]
+        if row[w.STATE] == w.FAILED:
+            status = int(row[w.FAILURE])
+            partner = f"rank {self.rank}, to rank {int(row[w.TO])}, round {int(row[w.ROUND])}"
+            self._fail(UCXError("ucp_put_nbx", status, status_name(status), partner))
+
+    def run(
+        self,
+        mailbox: Mailbox,
+        buffer: Buffer,
+        schedule: Schedule,
+        mix: bool = True,
+    ) -> None:
+        """All rounds of a finite `schedule` on `buffer`, in place, one after the other. Collective.
+
+        For `Broadcast` and `GlobalAverage`. The mailbox serves such runs only.
+        """
+        for step in range(schedule.period):
+            this = schedule.round(self.rank, step)
+            copy = not mix or this.weight == 1.0
+            if this.to is None and this.sender is None:
+                mailbox.round += 1
+                continue
+            self.post(mailbox, buffer, buffer, this, mix=not copy, kick=False)
+            self.wait(mailbox)
+
+    def exchange(
+        self, array: NDArray[Any], mix: bool = True, schedule: Schedule | None = None
+    ) -> NDArray[Any]:
+        """One blocking round: put `array` to this step's partner, take another's. Collective.
+
+        array: 1-D, contiguous, writeable; float32 or float64 where mix=True, and of the same size
+        and dtype in each call (`ArrayError` else). With mix=True the array becomes the mean of
+        itself and what came in, and is returned; with mix=False it stays, and what came in is
+        returned as a new array. schedule: `Rotated(Dissemination(size))` by default; the same in
+        each call.
+        """
+        self._check_usable()
+        buffer = Buffer.of(array)
+        if mix and buffer.dtype not in _OPERATIONS:
+            raise ArrayError(f"the array is {buffer.dtype}; float32 and float64 can be mixed")
+        chosen = self.check_schedule(schedule or self._default_schedule)
+        mailbox = self._mailbox_of_exchange(buffer, chosen)
+        if self.size == 1:
+            return array if mix else array.copy()
+        target = buffer if mix else Buffer.of(np.empty_like(array))
+        self.post_scheduled(mailbox, buffer, target, chosen, mailbox.round, mix=mix, kick=False)
+        self.wait(mailbox)
+        return array if mix else target.owner  # type: ignore[return-value]
+
+    def post_scheduled(
+        self,
+        mailbox: Mailbox,
+        source: Buffer,
+        target: Buffer,
+        schedule: Schedule,
+        step: int,
+        mix: bool = True,
+        held: bool = False,
+        kick: bool = True,
+    ) -> None:
+        """`post` the round of `step` on a mailbox whose rounds all follow `schedule`."""
+        this = schedule.round(self.rank, step)
+        ahead = schedule.round(self.rank, step + mailbox.layout.depth)
+        self.post(mailbox, source, target, this, ahead, mix, held, kick)
+
+    def check_schedule(self, schedule: Schedule) -> Schedule:
+        """`schedule` if it fits this group; `ScheduleError` else."""
+        if not isinstance(schedule, Schedule):
+            raise ScheduleError(
+                f"{schedule!r} is not a schedule; pass one such as "
+                f"ug.Rotated(ug.Dissemination({self.size}))"
+            )
+        if schedule.size != self.size:
+            raise ScheduleError(
+                f"{schedule.describe()} is for {schedule.size} ranks; this group has {self.size}"
+            )
+        return schedule
+
+    def _mailbox_of_exchange(self, buffer: Buffer, schedule: Schedule) -> Mailbox:
+        if buffer.nbytes == 0:
+            raise ArrayError("the array is empty")
+        if self._exchange_box is None:
+            self.agree(
+                "exchange",
+                {
+                    "bytes": buffer.nbytes,
+                    "dtype": str(buffer.dtype),
+                    "schedule": schedule.describe(),
+                },
+            )
+            self._exchange_box = self.mailbox(buffer.nbytes)
+            self._exchange_dtype = buffer.dtype
+        elif self._exchange_box.layout.nbytes != buffer.nbytes:
+            raise ArrayError(
+                f"exchange: the array has {buffer.nbytes} bytes, the first one had "
+                f"{self._exchange_box.layout.nbytes}; sizes may not change between rounds. For "
+                "several sizes make one group.mailbox(nbytes) each and use group.post"
+            )
+        elif self._exchange_dtype != buffer.dtype:
+            raise ArrayError(
+                f"exchange: the array is {buffer.dtype}, the first one was {self._exchange_dtype}"
+            )
+        return self._exchange_box
+
+    # --- the end -------------------------------------------------------------------------------
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise ClosedError("the group is closed")
+        if self._failure is not None:
+            raise ExchangeError(f"the group failed before: {self._failure}") from self._failure
+
+    def _fail(self, error: GossipError) -> None:
+        """Remember that rounds are broken off, tell the others, raise."""
+        self._failure = error
+        self._quietly(lambda: self._meeting.abort(str(error)))
+        raise error
+
+    @staticmethod
+    def _quietly(action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception:  # the store may have gone with rank 0; the first error is the one to see
+            return
+
+    def abort(self, reason: str) -> None:
+        """Leave with an error: the others get a `PeerError` at their next wait."""
+        self._quietly(lambda: self._meeting.abort(reason))
+        self.close(timeout=0.1)
+
+    def close(self, timeout: float | None = None) -> None:
+        """Leave the job: waits for the others (at most `timeout` seconds, the group's by default).
+
+        Collective. Further calls do nothing.
+        """
+        if self._closed:
+            return
+        patience = self.timeout if timeout is None else timeout
+        if self._failure is not None:
+            patience = min(patience, 0.1)
+        try:
+            self._meeting.leave(patience)
+        finally:
+            self._closed = True
+            self.engine.close()
+            self.context.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.abort(f"{type(error).__name__}: {error}")

@@ -1,0 +1,330 @@
+"""What compiled code stands on: the decorator, atomics, raw memory and a few libc calls.
+
+The engine runs without the GIL, so everything it touches is either an ``int64`` array shared
+with Python or raw memory that UCX writes.  numba has neither atomics on the CPU nor typed views
+of an address, so they are made here, each as a pair: a plain Python function, which runs when
+the caller is interpreted (``f.py_func``, in tests), and an ``overload`` that emits LLVM IR.
+
+Rejected: ctypes function pointers as globals (numba cannot cache code that holds them, so every
+rank would compile at every start); a C extension (no compiler at install).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import select
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import llvmlite.binding as llvm
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def njit(function: F) -> F:
+    """Compile `function` on its first call: nopython, without the GIL, cached on disk."""
+    compiled: F = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+    return compiled
+
+
+def external(name: str, restype: Any, *argtypes: Any) -> Any:
+    """A C function that compiled code can call, bound by `name` at link time.
+
+    The address must be known to LLVM (`link`) before the first call: an unresolved symbol is a
+    segmentation fault, not an error.
+    """
+    return types.ExternalFunction(name, restype(*argtypes))
+
+
+def link(name: str, address: int) -> None:
+    """Tell LLVM where the C function `name` lives in this process."""
+    llvm.add_symbol(name, address)
+
+
+def compiled_as(function: Callable[..., Any], implementation: Callable[..., Any]) -> None:
+    """In compiled code, a call of `function` becomes `implementation` (same parameters, no hints).
+
+    `function` itself stays what interpreted callers run.
+    """
+    overload(function, strict=False)(lambda *arguments: implementation)
+
+
+# --- atomics on int64 arrays -------------------------------------------------------------------
+
+
+def _element(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    """Address of ``array[index]`` for an intrinsic whose first arguments are (array, index)."""
+    array = context.make_array(signature.args[0])(context, builder, args[0])
+    return builder.gep(array.data, [args[1]])
+
+
+@intrinsic
+def _load_acquire(typingctx: Any, array: Any, index: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _element(context, builder, signature, args)
+        return builder.load_atomic(pointer, "acquire", 8)
+
+    return types.int64(array, types.intp), codegen
+
+
+@intrinsic
+def _store_release(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _element(context, builder, signature, args)
+        builder.store_atomic(args[2], pointer, "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.int64), codegen
+
+
+@intrinsic
+def _fetch_add(typingctx: Any, array: Any, index: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _element(context, builder, signature, args)
+        return builder.atomic_rmw("add", pointer, args[2], "seq_cst")
+
+    return types.int64(array, types.intp, types.int64), codegen
+
+
+@intrinsic
+def _compare_swap(typingctx: Any, array: Any, index: Any, expected: Any, desired: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _element(context, builder, signature, args)
+        pair = builder.cmpxchg(pointer, args[2], args[3], "seq_cst", "seq_cst")
+        return builder.extract_value(pair, 1)
+
+    return types.boolean(array, types.intp, types.int64, types.int64), codegen
+
+
+def load_acquire(array: Any, index: int) -> int:
+    """Read ``array[index]``; nothing after it is read earlier."""
+    return int(array[index])
+
+
+def store_release(array: Any, index: int, value: int) -> None:
+    """Write ``array[index]``; nothing before it becomes visible later."""
+    array[index] = value
+
+
+def fetch_add(array: Any, index: int, value: int) -> int:
+    """Add `value` to ``array[index]`` atomically; the value from before."""
+    before = int(array[index])
+    array[index] = before + value
+    return before
+
+
+def compare_swap(array: Any, index: int, expected: int, desired: int) -> bool:
+    """Set ``array[index]`` to `desired` if it holds `expected`; whether it did."""
+    if array[index] != expected:
+        return False
+    array[index] = desired
+    return True
+
+
+compiled_as(load_acquire, lambda array, index: _load_acquire(array, index))
+compiled_as(store_release, lambda array, index, value: _store_release(array, index, value))
+compiled_as(fetch_add, lambda array, index, value: _fetch_add(array, index, value))
+compiled_as(
+    compare_swap,
+    lambda array, index, expected, desired: _compare_swap(array, index, expected, desired),
+)
+
+
+# --- raw memory --------------------------------------------------------------------------------
+
+
+@intrinsic
+def _as_pointer(typingctx: Any, address: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), codegen
+
+
+def _viewer(dtype: Any) -> Callable[[int, int], Any]:
+    """A function (address, count) -> 1-D array of `dtype` over that memory, in both worlds."""
+    ctype = np.ctypeslib.as_ctypes_type(dtype)
+
+    def view(address: int, count: int) -> Any:
+        return np.ctypeslib.as_array((ctype * count).from_address(address))
+
+    compiled_as(
+        view, lambda address, count: numba.carray(_as_pointer(address), (count,), dtype)
+    )
+    return view
+
+
+view_words = _viewer(np.int64)
+view_bytes = _viewer(np.uint8)
+view_float32 = _viewer(np.float32)
+view_float64 = _viewer(np.float64)
+
+
+_memmove = external("memmove", types.int64, types.int64, types.int64, types.int64)
+
+
+def copy_memory(target: int, source: int, nbytes: int) -> None:
+    """memmove(3): copy `nbytes` bytes between two addresses."""
+    ctypes.memmove(target, source, nbytes)
+
+
+compiled_as(copy_memory, lambda target, source, nbytes: _memmove(target, source, nbytes))
+
+
+# --- libc: time, scheduling, sleeping ----------------------------------------------------------
+
+
+def _libc(name: str) -> None:
+    function = getattr(ctypes.CDLL(None), name)
+    link(name, ctypes.cast(function, ctypes.c_void_p).value or 0)
+
+
+for _name in ("memmove", "clock_gettime", "sched_yield", "poll", "read", "write"):
+    _libc(_name)
+
+_clock_gettime = external("clock_gettime", types.int32, types.int32, types.voidptr)
+_sched_yield = external("sched_yield", types.int32)
+_poll = external("poll", types.int32, types.voidptr, types.uint64, types.int32)
+_read = external("read", types.int64, types.int32, types.voidptr, types.uint64)
+_write = external("write", types.int64, types.int32, types.voidptr, types.uint64)
+
+_CLOCK_MONOTONIC = 1
+_POLLIN = 1
+
+
+@intrinsic
+def _scratch(typingctx: Any) -> Any:
+    """Address of 16 bytes on the caller's stack."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        space = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(64), 2))
+        return builder.bitcast(space, cgutils.voidptr_t)
+
+    return types.voidptr(), codegen
+
+
+def now_ns() -> int:
+    """Nanoseconds of CLOCK_MONOTONIC, the clock of all deadlines."""
+    return time.monotonic_ns()
+
+
+def _now_ns() -> int:
+    space = _scratch()
+    _clock_gettime(_CLOCK_MONOTONIC, space)
+    words = numba.carray(space, (2,), np.int64)
+    return words[0] * 1_000_000_000 + words[1]
+
+
+def yield_cpu() -> None:
+    """sched_yield(2): let another runnable thread have this core."""
+    os.sched_yield()
+
+
+def wait_readable(first: int, second: int, timeout_ms: int) -> int:
+    """poll(2) on two descriptors (-1: none) for at most `timeout_ms`.
+
+    Bit 0 is set when `first` is readable, bit 1 when `second` is.
+    """
+    poller = select.poll()
+    for descriptor in (first, second):
+        if descriptor >= 0:
+            poller.register(descriptor, select.POLLIN)
+    ready = {descriptor for descriptor, _ in poller.poll(timeout_ms)}
+    return (first in ready) + 2 * (second in ready)
+
+
+def _wait_readable(first: int, second: int, timeout_ms: int) -> int:
+    # struct pollfd { int fd; short events; short revents; }
+    space = _scratch()
+    words = numba.carray(space, (2,), np.int64)
+    words[0] = (first & 0xFFFFFFFF) | (_POLLIN << 32)
+    words[1] = (second & 0xFFFFFFFF) | (_POLLIN << 32)
+    if _poll(space, 2, timeout_ms) <= 0:
+        return 0
+    return ((words[0] >> 48) != 0) + 2 * ((words[1] >> 48) != 0)
+
+
+def kick(descriptor: int) -> None:
+    """Make an eventfd readable."""
+    os.eventfd_write(descriptor, 1)
+
+
+def _kick(descriptor: int) -> None:
+    space = _scratch()
+    numba.carray(space, (1,), np.int64)[0] = 1
+    _write(descriptor, space, 8)
+
+
+def drain(descriptor: int) -> None:
+    """Make a non-blocking eventfd unreadable again."""
+    with suppress(BlockingIOError):
+        os.eventfd_read(descriptor)
+
+
+def _drain(descriptor: int) -> None:
+    _read(descriptor, _scratch(), 8)
+
+
+compiled_as(now_ns, _now_ns)
+compiled_as(yield_cpu, lambda: _sched_yield())
+compiled_as(wait_readable, _wait_readable)
+compiled_as(kick, _kick)
+compiled_as(drain, _drain)
+
+
+# --- one compilation a machine -----------------------------------------------------------------
+
+
+def _sources() -> Iterator[Path]:
+    package = Path(__file__).parent
+    for root in (package, package.parent / "kernels", package.parent / "bench"):
+        yield from sorted(root.rglob("*.py"))
+
+
+def _digest() -> str:
+    """Identifies the sources and the compiler that a cache was filled from."""
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(f"{numba.__version__} {llvm.get_host_cpu_name()}".encode())
+    for path in _sources():
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def warm_up(*compiled: Any) -> Iterator[None]:
+    """Run the first calls of `compiled` functions so that one process of a machine compiles.
+
+    The first process to come compiles under a file lock, the others wait and load what it wrote.
+    numba keys its cache by the file of each function alone, so code that calls changed functions
+    of another file would be stale: the caches of other sources are removed first.
+    """
+    folders = {Path(function.stats.cache_path) for function in compiled}
+    marker = min(folders) / f"ucxgossip-{_digest()}.warm"
+    if marker.exists():
+        yield
+        return
+    name = Path(tempfile.gettempdir()) / f"ucxgossip-{os.getuid()}.lock"
+    with name.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if marker.exists():
+            fcntl.flock(lock, fcntl.LOCK_UN)
+        else:
+            for folder in folders:
+                folder.mkdir(parents=True, exist_ok=True)
+                for stale in (*folder.glob("*.nb[ic]"), *folder.glob("ucxgossip-*.warm")):
+                    stale.unlink(missing_ok=True)
+        yield
+        marker.touch()

@@ -1,0 +1,168 @@
+"""Mailboxes: slots in registered memory into which one partner a round puts.
+
+A mailbox is one stream of rounds. It holds `depth` slots, so that a partner that is ahead can put
+the next round while this rank still mixes the last: memory is `depth` times the payload, whatever
+the number of ranks. Round `n` uses slot ``n % depth``. Beside each slot stands one signal word a
+chunk; the sender puts it after the chunk (see docs/protocol.md for why it cannot arrive first),
+and its value names epoch and round, so that a word left from an earlier round is never taken for
+this one's. A slot is free for its next writer once that writer holds the *credit* for its round.
+
+Credits arrive as active messages and are kept by round number in a window of `CREDIT_WINDOW`
+rounds, not by slot: with an odd number of rounds a period one slot's credits come from different
+ranks, and a late one would overwrite a newer one.
+
+Guard bytes stand between the slots; tests check that nothing ever writes there.
+
+Rejected: one slot per partner (memory grows with the number of ranks); a get by the receiver
+(two latencies, and the sender could not change its source while it is read).
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ucxgossip.errors import ArgumentError
+from ucxgossip.ucp.context import Context
+from ucxgossip.ucp.memory import MemoryRegion, RemoteKey
+
+ALIGNMENT = 64
+GUARD = 64
+GUARD_BYTE = 0xA5
+CREDIT_WINDOW = 4096
+MAX_ROUND = 1 << 47
+_BLOB = struct.Struct("<QQ")
+
+
+def signal_word(epoch: int, number: int) -> int:
+    """The word that says "this chunk of round `number` is there"; never 0."""
+    return (epoch << 48) | (number + 1)
+
+
+def _align(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the parts of a mailbox stand in its region; equal on all ranks.
+
+    nbytes: largest payload of a round. depth: slots. chunk: bytes of payload that are put,
+    signalled and mixed at a time.
+    """
+
+    nbytes: int
+    depth: int
+    chunk: int
+
+    def __post_init__(self) -> None:
+        for name in ("nbytes", "depth", "chunk"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ArgumentError(f"mailbox: {name} is {value}; must be at least 1")
+        if self.chunk % 8:
+            raise ArgumentError(f"mailbox: chunk is {self.chunk}; must be a multiple of 8 bytes")
+        if self.depth > CREDIT_WINDOW // 4:
+            raise ArgumentError(f"mailbox: depth is {self.depth}; at most {CREDIT_WINDOW // 4}")
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of the largest payload."""
+        return -(-self.nbytes // self.chunk)
+
+    @property
+    def stride(self) -> int:
+        """Bytes from one slot to the next, guard included."""
+        return _align(self.nbytes) + GUARD
+
+    @property
+    def slots(self) -> int:
+        """Offset of slot 0."""
+        return GUARD
+
+    @property
+    def signals(self) -> int:
+        """Offset of the signal words that others put, depth x chunks."""
+        return self.slots + self.depth * self.stride
+
+    @property
+    def outgoing(self) -> int:
+        """Offset of the signal words that this rank puts from, depth x chunks."""
+        return self.signals + _align(8 * self.depth * self.chunks) + GUARD
+
+    @property
+    def total(self) -> int:
+        """Bytes of the region."""
+        return self.outgoing + _align(8 * self.depth * self.chunks) + GUARD
+
+
+class Mailbox:
+    """One stream of rounds: a region laid out by `layout`, and where its twins stand elsewhere.
+
+    `index` is its row in the engine's table, `round` the number of the next round.
+    """
+
+    def __init__(self, context: Context, layout: Layout, size: int) -> None:
+        self.layout = layout
+        self.region = MemoryRegion(context, nbytes=layout.total)
+        self.credits = np.zeros(CREDIT_WINDOW, np.int64)
+        self.peers = np.zeros((size, 2), np.int64)
+        self.keys: dict[int, RemoteKey] = {}
+        self.index = -1
+        self.round = 0
+        for guard in self._guards():
+            guard[:] = GUARD_BYTE
+
+    def _guards(self) -> list[NDArray[np.uint8]]:
+        """Every byte of the region that belongs to no slot and no word."""
+        layout, parts = self.layout, []
+        ends = [(layout.slots + i * layout.stride, layout.nbytes) for i in range(layout.depth)]
+        words = 8 * layout.depth * layout.chunks
+        ends += [(layout.signals, words), (layout.outgoing, words)]
+        position = 0
+        for start, length in ends:
+            parts.append(self.region.bytes[position:start])
+            position = start + length
+        return [*parts, self.region.bytes[position:]]
+
+    def intact(self) -> bool:
+        """Whether every guard byte is as it was made."""
+        return all(bool((guard == GUARD_BYTE).all()) for guard in self._guards())
+
+    def slot(self, number: int, dtype: Any, count: int) -> NDArray[Any]:
+        """What stands in the slot of round `number`, as `count` elements of `dtype`."""
+        offset = self.layout.slots + (number % self.layout.depth) * self.layout.stride
+        return self.region.view(dtype, count, offset)
+
+    def describe(self) -> bytes:
+        """What another rank needs to put here: address, size and packed remote key."""
+        return _BLOB.pack(self.region.address, self.layout.total) + self.region.pack()
+
+    def set_peer(self, rank: int, key: RemoteKey, address: int) -> None:
+        """Remember where the twin of this mailbox stands on `rank`."""
+        self.keys[rank] = key
+        self.peers[rank] = (address, key.handle)
+
+    def close(self) -> None:
+        """Release the region and the keys. Further calls do nothing."""
+        for key in self.keys.values():
+            key.close()
+        self.keys.clear()
+        self.peers[:] = 0
+        self.region.close()
+
+
+def parse_description(blob: bytes, layout: Layout, rank: int) -> tuple[int, bytes]:
+    """Address and packed key out of what `rank` published; `ArgumentError` if it does not fit."""
+    if len(blob) <= _BLOB.size:
+        raise ArgumentError(f"rank {rank} published a mailbox of {len(blob)} bytes; too short")
+    address, total = _BLOB.unpack_from(blob)
+    if total != layout.total:
+        raise ArgumentError(
+            f"rank {rank} has a mailbox of {total} bytes where this rank has {layout.total}"
+        )
+    return address, blob[_BLOB.size :]

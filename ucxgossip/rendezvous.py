@@ -1,0 +1,272 @@
+"""Where the ranks of a job meet: opaque blobs, agreement and a deadline, over a key-value store.
+
+Used at join, when a mailbox is made and at close; never in a step. The store is torch's TCPStore
+by default (torchrun starts one anyway), or anything with its five methods. Agreement costs each
+rank a handful of requests: everyone compares with rank 0 and counts itself in, the last one
+declares the result, and the first difference found is declared to all, so that every rank fails
+with the same message.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
+
+from ucxgossip.errors import (
+    ArgumentError,
+    ClosedError,
+    MismatchError,
+    PeerError,
+    PortInUseError,
+    RankMissingError,
+    RendezvousError,
+)
+
+
+
+class Store(Protocol):
+    """What is used of ``torch.distributed.Store``."""
+
+    def set(self, key: str, value: Any, /) -> None:
+        """Write a value."""
+
+    def get(self, key: str, /) -> bytes:
+        """Read a value; waits for it."""
+
+    def add(self, key: str, amount: int, /) -> int:
+        """Add to a counter; the new value."""
+
+    def check(self, keys: list[str], /) -> bool:
+        """Whether all keys exist."""
+
+    def wait(self, keys: list[str], timeout: timedelta, /) -> None:
+        """Wait for keys; raises when the time is up."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process's place in the job, as torchrun's environment gives it."""
+
+    rank: int
+    size: int
+    host: str
+    port: int
+    local_size: int
+
+    @classmethod
+    def from_environment(cls, rank: int | None = None, size: int | None = None) -> Place:
+        """RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, LOCAL_WORLD_SIZE; arguments go first."""
+        rank = _whole("RANK", 0) if rank is None else rank
+        size = _whole("WORLD_SIZE", 1) if size is None else size
+        if size < 1:
+            raise ArgumentError(f"world size is {size}; must be at least 1")
+        if not 0 <= rank < size:
+            raise ArgumentError(f"rank {rank} does not fit world size {size}")
+        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        local = _whole("LOCAL_WORLD_SIZE", size if host in ("127.0.0.1", "localhost") else 1)
+        return cls(rank, size, host, _whole("MASTER_PORT", 29500), local)
+
+
+def _whole(name: str, default: int) -> int:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise ArgumentError(f"environment variable {name} is {text!r}; not a number") from None
+
+
+def open_store(place: Place, timeout: float) -> Store:
+    """torch's TCPStore of this job: torchrun's where it offers one, else rank 0 opens it.
+
+    Raises `PortInUseError` on rank 0 when the port is taken, `RendezvousError` when no store
+    answers within `timeout` seconds.
+    """
+    from torch.distributed import DistNetworkError, DistStoreError, TCPStore
+
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store: Store = TCPStore(
+            place.host,
+            place.port,
+            is_master=place.rank == 0 and not agent,
+            timeout=timedelta(seconds=timeout),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except (DistNetworkError, DistStoreError, RuntimeError) as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise PortInUseError(
+                f"rank 0 cannot open {place.host}:{place.port}: another program listens there. "
+                "Set MASTER_PORT (torchrun: --master-port) to a free port."
+            ) from error
+        raise RendezvousError(
+            f"rank {place.rank} found no store at {place.host}:{place.port} within "
+            f"{timeout:.0f} s: {str(error).splitlines()[0]}. Is rank 0 running, and are "
+            "MASTER_ADDR and MASTER_PORT the same on all ranks?"
+        ) from error
+    return store
+
+
+class Rendezvous:
+    """One job's meeting place. `timeout`: seconds that any meeting may take."""
+
+    def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
+        self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        joins = store.add(f"ucxgossip/{restart}/joins/{rank}", 1)
+        self._prefix = f"ucxgossip/{restart}/{joins}"
+        self._meetings: dict[str, int] = {}
+        self._closed = False
+
+    def _key(self, *parts: object) -> str:
+        return "/".join([self._prefix, *map(str, parts)])
+
+    def publish(self, name: str, blob: bytes) -> None:
+        """Make `blob` known to the others as this rank's `name`."""
+        self._check_open()
+        self.store.set(self._key(name, self.rank), blob)
+
+    def collect(self, name: str, rank: int) -> bytes:
+        """The blob that `rank` published as `name`, once it has."""
+        self._check_open()
+        key = self._key(name, rank)
+        self._wait(key, lambda: (rank,), f"to publish {name!r}")
+        return bytes(self.store.get(key))
+
+    def agree(self, name: str, facts: Mapping[str, object]) -> None:
+        """Meet, and check that all ranks bring the same `facts` (JSON values).
+
+        Every rank raises the same `MismatchError`, naming the first difference, where they do
+        not; `RankMissingError` says who did not come in time.
+        """
+        self._check_open()
+        meeting = f"{name}#{self._meetings.setdefault(name, 0)}"
+        self._meetings[name] += 1
+        mine = json.dumps(facts)
+        self.store.set(self._key(meeting, "facts", self.rank), mine)
+        result = self._key(meeting, "result")
+        if self.rank != 0:
+            first = self._key(meeting, "facts", 0)
+            self._wait(first, lambda: (0,), f"at {name!r}", stop=result)
+            if self.store.check([first]):
+                theirs = json.loads(self.store.get(first))
+                difference = first_difference(theirs, json.loads(mine), self.rank)
+                if difference and self.store.add(self._key(meeting, "verdicts"), 1) == 1:
+                    self.store.set(result, f"{name}: {difference}")
+        everyone = self.store.add(self._key(meeting, "count"), 1) == self.size
+        if everyone and self.store.add(self._key(meeting, "verdicts"), 1) == 1:
+            self.store.set(result, "")
+        self._wait(result, lambda: self._absent(meeting), f"at {name!r}")
+        message = self.store.get(result).decode()
+        if message:
+            raise MismatchError(message)
+
+    def _absent(self, meeting: str) -> tuple[int, ...]:
+        return tuple(
+            rank
+            for rank in range(self.size)
+            if not self.store.check([self._key(meeting, "facts", rank)])
+        )
+
+    def _wait(
+        self, key: str, missing: Callable[[], tuple[int, ...]], what: str, stop: str = ""
+    ) -> None:
+        """Wait for `key` (or `stop`), looking out for ranks that left with an error."""
+        start = time.monotonic()
+        slice_ = timedelta(seconds=min(1.0, self.timeout))
+        while True:
+            try:
+                self.store.wait([key], slice_)
+                return
+            except Exception as error:
+                if not _is_timeout(error):
+                    raise RendezvousError(
+                        f"rank {self.rank} lost the store {what}: {error}. Rank 0 (or torchrun's "
+                        "agent) holds it: did it end?"
+                    ) from error
+            self.raise_if_aborted()
+            if stop and self.store.check([stop]):
+                return
+            waited = time.monotonic() - start
+            if waited >= self.timeout:
+                ranks = missing()
+                raise RankMissingError(
+                    f"rank {self.rank} waited {waited:.1f} s for rank"
+                    f"{'s' if len(ranks) != 1 else ''} {', '.join(map(str, ranks))} {what}. "
+                    "Did every rank start, with the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE?",
+                    ranks,
+                )
+
+    def abort(self, reason: str) -> None:
+        """Tell the others that this rank leaves with an error."""
+        if not self._closed:
+            self.store.set(self._key("aborted"), json.dumps([self.rank, reason]))
+
+    def raise_if_aborted(self) -> None:
+        """Raise `PeerError` if another rank has left with an error."""
+        key = self._key("aborted")
+        if self.store.check([key]):
+            rank, reason = json.loads(self.store.get(key))
+            if rank != self.rank:
+                raise PeerError(f"rank {rank} left the job: {reason}", rank)
+
+    def leave(self, timeout: float) -> None:
+        """Wait until all ranks are here to leave; the store's host goes last.
+
+        A rank that never comes is waited for `timeout` seconds, and is no error.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            arrived, left = self._key("leaving"), self._key("left")
+            if self.store.add(arrived, 1) == self.size:
+                self.store.set(self._key("all-leaving"), "")
+            self.store.wait([self._key("all-leaving")], timedelta(seconds=timeout))
+            if self.store.add(left, 1) == self.size:
+                self.store.set(self._key("all-left"), "")
+            if self.rank == 0:
+                self.store.wait([self._key("all-left")], timedelta(seconds=timeout))
+        except Exception as error:
+            if not _is_timeout(error) and self.rank == 0:
+                raise RendezvousError(f"rank 0 could not leave: {error}") from error
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the rendezvous is closed")
+
+
+def _is_timeout(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, TimeoutError) or "timeout" in text or "timed out" in text
+
+
+def first_difference(theirs: object, mine: object, rank: int, path: str = "") -> str:
+    """The first place where rank 0's facts and this rank's differ, in words; empty if none."""
+    where = path or "facts"
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        for key in [*theirs, *(key for key in mine if key not in theirs)]:
+            inner = f"{path}.{key}" if path else str(key)
+            if key not in mine or key not in theirs:
+                has, lacks = (0, rank) if key not in mine else (rank, 0)
+                return f"{inner}: rank {has} has it, rank {lacks} does not"
+            difference = first_difference(theirs[key], mine[key], rank, inner)
+            if difference:
+                return difference
+        return ""
+    if isinstance(theirs, list) and isinstance(mine, list):
+        for index, (left, right) in enumerate(zip(theirs, mine, strict=False)):
+            difference = first_difference(left, right, rank, f"{path}[{index}]")
+            if difference:
+                return difference
+        if len(theirs) != len(mine):
+            return f"{where}: rank 0 has {len(theirs)} entries, rank {rank} has {len(mine)}"
+        return ""
+    return "" if theirs == mine else f"{where}: rank 0 has {theirs!r}, rank {rank} has {mine!r}"

@@ -1,0 +1,103 @@
+"""Registered memory, and the keys by which others put into it."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ucxgossip.errors import ArgumentError, ArrayError
+from ucxgossip.ucp import abi
+from ucxgossip.ucp.context import Context
+from ucxgossip.ucp.endpoint import Endpoint
+from ucxgossip.ucp.resource import Resource
+
+
+class MemoryRegion(Resource):
+    """``ucp_mem_h``: `nbytes` allocated by UCX, or an existing array registered.
+
+    Memory that others reach over shared memory must be allocated by UCX. Allocated memory is
+    zeroed. Views of `bytes` must not outlive the region. `param` is the ``ucp_request_param_t``
+    of puts out of this region.
+    """
+
+    def __init__(
+        self, context: Context, nbytes: int | None = None, array: NDArray[Any] | None = None
+    ) -> None:
+        if (nbytes is None) == (array is None):
+            raise ArgumentError("MemoryRegion takes either nbytes or array")
+        params = abi.MemMapParams(field_mask=abi.MemMapField.ADDRESS | abi.MemMapField.LENGTH)
+        if array is not None:
+            if not array.flags.c_contiguous or array.nbytes == 0:
+                raise ArrayError("a registered array must be contiguous and not empty")
+            params.address, params.length = array.ctypes.data, array.nbytes
+        else:
+            if nbytes is None or nbytes <= 0:
+                raise ArgumentError(f"MemoryRegion of {nbytes} bytes; must be positive")
+            params.length = nbytes
+            params.field_mask |= abi.MemMapField.FLAGS
+            params.flags = abi.MEM_MAP_ALLOCATE
+        self.library = context.library
+        handle = ctypes.c_void_p()
+        self.library(
+            "ucp_mem_map", context.handle, ctypes.byref(params), ctypes.byref(handle)
+        )
+        super().__init__(handle.value or 0, context)
+        self.context = context
+        self._array = array
+        attr = abi.MemAttr(field_mask=abi.MemAttrField.ADDRESS | abi.MemAttrField.LENGTH)
+        self.library("ucp_mem_query", handle, ctypes.byref(attr))
+        self.address: int = int(params.address or attr.address)
+        self.nbytes: int = int(params.length)
+        self.bytes: NDArray[np.uint8] = np.ctypeslib.as_array(
+            (ctypes.c_uint8 * self.nbytes).from_address(self.address)
+        )
+        self.param = abi.RequestParam(op_attr_mask=abi.OpAttr.MEMH, memh=handle.value)
+        if array is None:
+            self.bytes[:] = 0
+
+    @property
+    def param_address(self) -> int:
+        """Address of `param`."""
+        return ctypes.addressof(self.param)
+
+    def view(self, dtype: Any, count: int, offset: int = 0) -> NDArray[Any]:
+        """`count` elements of `dtype` from byte `offset` on."""
+        size = np.dtype(dtype).itemsize * count
+        return self.bytes[offset : offset + size].view(dtype)
+
+    def pack(self) -> bytes:
+        """``ucp_rkey_pack``: the key by which another process puts here."""
+        buffer, size = ctypes.c_void_p(), ctypes.c_size_t()
+        self.library(
+            "ucp_rkey_pack",
+            self.context.handle,
+            self.handle,
+            ctypes.byref(buffer),
+            ctypes.byref(size),
+        )
+        try:
+            return ctypes.string_at(buffer.value or 0, size.value)
+        finally:
+            self.library.functions["ucp_rkey_buffer_release"](buffer)
+
+    def _release(self, handle: int) -> None:
+        self.library("ucp_mem_unmap", self.context.handle, handle)
+
+
+class RemoteKey(Resource):
+    """``ucp_rkey_h``: the right to put, over `endpoint`, into the region that packed `blob`."""
+
+    def __init__(self, endpoint: Endpoint, blob: bytes) -> None:
+        self.library = endpoint.library
+        buffer = ctypes.create_string_buffer(blob, len(blob))
+        handle = ctypes.c_void_p()
+        self.library(
+            "ucp_ep_rkey_unpack", endpoint.handle, ctypes.addressof(buffer), ctypes.byref(handle)
+        )
+        super().__init__(handle.value or 0, endpoint)
+
+    def _release(self, handle: int) -> None:
+        self.library.functions["ucp_rkey_destroy"](handle)
