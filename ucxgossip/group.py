@@ -410,25 +410,30 @@ class Group:
 
     def abort(self, reason: str) -> None:
         """Leave with an error: the others get a `PeerError` at their next wait."""
+        if self._closed:
+            return
         self._quietly(lambda: self._meeting.abort(reason))
-        self.close(timeout=0.1)
+        self._shut()
 
-    def close(self, timeout: float | None = None) -> None:
-        """Leave the job: waits for the others (at most `timeout` seconds, the group's by default).
+    def close(self) -> None:
+        """Leave the job once all ranks are here to leave, or the group's timeout has passed.
 
         Collective. Further calls do nothing.
         """
         if self._closed:
             return
-        patience = self.timeout if timeout is None else timeout
-        if self._failure is not None:
-            patience = min(patience, 0.1)
         try:
-            self._meeting.leave(patience)
+            if self._failure is None:
+                # While everybody still drives, so that nobody's last put meets a closed door.
+                self.engine.flush(self.timeout)
+                self._meeting.leave(self.timeout)
         finally:
-            self._closed = True
-            self.engine.close()
-            self.context.close()
+            self._shut()
+
+    def _shut(self) -> None:
+        self._closed = True
+        self.engine.close()
+        self.context.close()
 
     def __enter__(self) -> Self:
         return self

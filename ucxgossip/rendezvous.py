@@ -217,26 +217,39 @@ class Rendezvous:
             if rank != self.rank:
                 raise PeerError(f"rank {rank} left the job: {reason}", rank)
 
-    def leave(self, timeout: float) -> None:
-        """Wait until all ranks are here to leave; the store's host goes last.
+    def leave(self, timeout: float) -> bool:
+        """Wait until all ranks are here to leave; the store's host goes last. Whether all came.
 
-        A rank that never comes is waited for `timeout` seconds, and is no error.
+        A rank that is gone, or does not come within `timeout` seconds, is no error.
         """
-        if self._closed:
-            return
         self._closed = True
+        together = False
         try:
-            arrived, left = self._key("leaving"), self._key("left")
-            if self.store.add(arrived, 1) == self.size:
-                self.store.set(self._key("all-leaving"), "")
-            self.store.wait([self._key("all-leaving")], timedelta(seconds=timeout))
-            if self.store.add(left, 1) == self.size:
-                self.store.set(self._key("all-left"), "")
-            if self.rank == 0:
-                self.store.wait([self._key("all-left")], timedelta(seconds=timeout))
+            together = self._all_reach("leaving", timeout)
+            # Only then may rank 0 take its store away: the others have read their last answer.
+            if self.store.add(self._key("left"), 1) == self.size:
+                self.store.set(self._key("left", "all"), "")
+            if self.rank == 0 and together:
+                self.store.wait([self._key("left", "all")], timedelta(seconds=timeout))
         except Exception as error:
-            if not _is_timeout(error) and self.rank == 0:
+            if self.rank == 0 and not _is_timeout(error):
                 raise RendezvousError(f"rank 0 could not leave: {error}") from error
+        return together
+
+    def _all_reach(self, name: str, timeout: float) -> bool:
+        """Count this rank in and wait for the others, unless one has left with an error."""
+        gate = self._key(name, "all")
+        if self.store.add(self._key(name), 1) == self.size:
+            self.store.set(gate, "")
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline and not self.store.check([self._key("aborted")]):
+            try:
+                self.store.wait([gate], timedelta(seconds=min(1.0, timeout)))
+                return True
+            except Exception as error:
+                if not _is_timeout(error):
+                    raise
+        return False
 
     def _check_open(self) -> None:
         if self._closed:

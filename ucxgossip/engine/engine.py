@@ -243,11 +243,22 @@ class Engine:
             if now >= deadline:
                 return False
 
+    def flush(self, timeout: float) -> None:
+        """``ucp_ep_flush_nbx`` on every endpoint: all that this rank put is in place."""
+        with self.locked():
+            for endpoint in self.endpoints.values():
+                endpoint.flush(timeout)
+
     def close(self) -> None:
-        """Stop the thread, close mailboxes, endpoints and worker. Further calls do nothing."""
+        """Stop the thread, close mailboxes, endpoints and worker. Further calls do nothing.
+
+        No last word is sent to partners, who may be gone: `flush` before, if it matters.
+        """
         if self._closed:
             return
         self._closed = True
+        for endpoint in self.endpoints.values():
+            endpoint.abandon()
         self.words[w.STOP] = 1
         jit.kick(int(self.words[w.ENGINE_FD]))
         if self._thread is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ucxgossip.errors import UCXError
@@ -20,13 +21,14 @@ _PLAIN = abi.RequestParam()
 class Endpoint(Resource):
     """``ucp_ep_h`` from `worker` to the worker whose `address` is given.
 
-    close_timeout: seconds that `close()` may wait for outstanding puts before it forces.
+    close_timeout: seconds that `close()` may wait for outstanding puts.
     """
 
     def __init__(self, worker: Worker, address: bytes, close_timeout: float = 2.0) -> None:
         self.library = worker.library
         self.worker = worker
         self.close_timeout = close_timeout
+        self._abandoned = False
         buffer = ctypes.create_string_buffer(address, len(address))
         params = abi.EpParams(
             field_mask=abi.EpParamField.REMOTE_ADDRESS | abi.EpParamField.ERR_HANDLING_MODE,
@@ -97,16 +99,14 @@ class Endpoint(Resource):
             for entry in entries[: attr.transports_num_entries]
         ]
 
+    def abandon(self) -> None:
+        """Leave the closing to the worker's destruction, without a flush: the partner is gone."""
+        self._abandoned = True
+
     def _release(self, handle: int) -> None:
-        """Flush and close; force when the partner does not answer in time."""
-        for flags, timeout in ((0, self.close_timeout), (abi.EP_CLOSE_FORCE, self.close_timeout)):
-            params = abi.RequestParam(op_attr_mask=abi.OpAttr.FLAGS, flags=flags)
-            request = self.library.functions["ucp_ep_close_nbx"](handle, ctypes.byref(params))
-            try:
-                self.wait(ops.signed(request), "ucp_ep_close_nbx", timeout)
-            except UCXError as error:
-                # A close under way may not be closed again; only a refused one is forced.
-                if error.status == abi.Status.ERR_TIMED_OUT:
-                    return
-                continue
+        if self._abandoned:
             return
+        params = abi.RequestParam()
+        request = self.library.functions["ucp_ep_close_nbx"](handle, ctypes.byref(params))
+        with suppress(UCXError):  # a partner that went first; the endpoint is gone either way
+            self.wait(ops.signed(request), "ucp_ep_close_nbx", self.close_timeout)

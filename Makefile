@@ -1,0 +1,59 @@
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+UCX ?= cu12
+
+BIN := .venv/bin
+HOUSE := ucxgossip kernels bench
+SIZES := 8,65536,4194304
+PEERS := gloo_allreduce,gloo_gossip
+
+.PHONY: help demo test bench typed clean
+
+help:
+	@echo 'make demo    make .venv when absent, then run examples/demo.py'
+	@echo 'make test    make .venv when absent, then ruff, mypy --strict and pytest'
+	@echo 'make bench   make .venv when absent, then the benchmarks; rows go to out/*.json'
+	@echo 'make clean   remove .venv, caches and everything built'
+	@echo
+	@echo 'TORCH=$(TORCH)  what pip installs for torch    UCX=$(UCX)  cu12 or cu13: which UCX wheel'
+	@echo 'Run make clean before changing either.'
+
+demo: .venv/ready build/compiled
+	$(BIN)/python examples/demo.py
+
+test: .venv/ready build/compiled typed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy --strict -p ucxgossip
+	$(BIN)/pytest
+
+bench: .venv/ready build/compiled
+	mkdir -p out
+	$(BIN)/ucxgossip doctor --json out/doctor.json
+	$(BIN)/ucxgossip bench put --transport tcp --sizes $(SIZES) --against ucx_perftest --json out/put-tcp.json
+	$(BIN)/ucxgossip bench put --transport shm --sizes $(SIZES) --against ucx_perftest --json out/put-shm.json
+	$(BIN)/ucxgossip bench exchange --transport tcp --ranks 2,4 --sizes $(SIZES) --against $(PEERS) --json out/exchange-tcp.json
+	$(BIN)/ucxgossip bench exchange --transport shm --ranks 2,4 --sizes $(SIZES) --against $(PEERS) --json out/exchange-shm.json
+	$(BIN)/ucxgossip bench kernels --json out/kernels.json
+
+# torch comes first, and by itself: the package's own requirement would admit any build of it.
+.venv/ready: setup.cfg
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --editable '.[$(UCX),demo,test]'
+	touch $@
+
+# numba's cache notices a change in a function's own file, not in the functions it calls.
+build/compiled: $(shell find $(HOUSE) -name '*.py')
+	find $(HOUSE) -name '*.nb[ic]' -delete
+	mkdir -p build
+	touch $@
+
+typed:
+	rm -rf build/typed
+	mkdir -p build/typed/ucxgossip
+	ln -s '$(CURDIR)'/ucxgossip/* '$(CURDIR)/kernels' '$(CURDIR)/bench' build/typed/ucxgossip/
+
+clean:
+	rm -rf .venv build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find $(HOUSE) examples tests -name __pycache__ -prune -exec rm -rf {} +
