@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import mmap
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -160,6 +161,7 @@ class Group:
         self._exchange_box: Mailbox | None = None
         self._exchange_dtype: np.dtype[Any] | None = None
         self._default_schedule = Rotated(Dissemination(self.size), seed=0)
+        self._checked_schedule: Schedule = self._default_schedule
         self.engine = Engine(
             context, self.rank, self.size, tuning, ring=context.transport != "tcp"
         )
@@ -216,10 +218,16 @@ class Group:
             mailbox.set_peer(rank, key, address)
 
     def allocate(self, nbytes: int) -> MemoryRegion:
-        """Zeroed registered memory for payloads; freed when the group closes."""
+        """Zeroed registered memory for payloads, page-aligned.
+
+        It is registered until the group closes, and belongs to NumPy: views outlive the group.
+        """
         self._check_usable()
+        page = mmap.PAGESIZE
+        raw = np.zeros(nbytes + page, np.uint8)
+        start = -raw.ctypes.data % page
         with self.engine.locked():
-            return MemoryRegion(self.context, nbytes=nbytes)
+            return MemoryRegion(self.context, array=raw[start : start + nbytes])
 
     # --- rounds --------------------------------------------------------------------------------
 
@@ -350,6 +358,8 @@ class Group:
 
     def check_schedule(self, schedule: Schedule) -> Schedule:
         """`schedule` if it fits this group; `ScheduleError` else."""
+        if schedule is self._checked_schedule:
+            return schedule
         if not isinstance(schedule, Schedule):
             raise ScheduleError(
                 f"{schedule!r} is not a schedule; pass one such as "
@@ -359,6 +369,7 @@ class Group:
             raise ScheduleError(
                 f"{schedule.describe()} is for {schedule.size} ranks; this group has {self.size}"
             )
+        self._checked_schedule = schedule
         return schedule
 
     def _mailbox_of_exchange(self, buffer: Buffer, schedule: Schedule) -> Mailbox:
@@ -409,11 +420,12 @@ class Group:
             return
 
     def abort(self, reason: str) -> None:
-        """Leave with an error: the others get a `PeerError` at their next wait."""
+        """Break off all rounds; the others get a `PeerError` at their next wait."""
         if self._closed:
             return
+        self._failure = self._failure or ExchangeError(reason)
         self._quietly(lambda: self._meeting.abort(reason))
-        self._shut()
+        self.engine.stop()
 
     def close(self) -> None:
         """Leave the job once all ranks are here to leave, or the group's timeout has passed.
@@ -428,12 +440,9 @@ class Group:
                 self.engine.flush(self.timeout)
                 self._meeting.leave(self.timeout)
         finally:
-            self._shut()
-
-    def _shut(self) -> None:
-        self._closed = True
-        self.engine.close()
-        self.context.close()
+            self._closed = True
+            self.engine.close()
+            self.context.close()
 
     def __enter__(self) -> Self:
         return self
@@ -444,7 +453,6 @@ class Group:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if error is None:
-            self.close()
-        else:
+        if error is not None:
             self.abort(f"{type(error).__name__}: {error}")
+        self.close()

@@ -78,7 +78,7 @@ class Engine:
         size: int,
         tuning: Tuning | None = None,
         ring: bool = True,
-        max_mailboxes: int = 256,
+        max_mailboxes: int = 1024,
     ) -> None:
         self.context, self.rank, self.size = context, rank, size
         self.tuning = tuning or Tuning()
@@ -131,6 +131,13 @@ class Engine:
             target=drive.run, args=(self.words,), name="ucxgossip-engine", daemon=True
         )
         self._thread.start()
+
+    def stop(self) -> None:
+        """End the engine thread: no round moves any more, unless a caller drives."""
+        self.words[w.STOP] = 1
+        jit.kick(int(self.words[w.ENGINE_FD]))
+        if self._thread is not None:
+            self._thread.join()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -257,12 +264,9 @@ class Engine:
         if self._closed:
             return
         self._closed = True
+        self.stop()
         for endpoint in self.endpoints.values():
             endpoint.abandon()
-        self.words[w.STOP] = 1
-        jit.kick(int(self.words[w.ENGINE_FD]))
-        if self._thread is not None:
-            self._thread.join()
         for mailbox in self.mailboxes:
             mailbox.close()
         self.worker.close()

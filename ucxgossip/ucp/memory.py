@@ -19,7 +19,7 @@ class MemoryRegion(Resource):
     """``ucp_mem_h``: `nbytes` allocated by UCX, or an existing array registered.
 
     Memory that others reach over shared memory must be allocated by UCX. Allocated memory is
-    zeroed. Views of `bytes` must not outlive the region. `param` is the ``ucp_request_param_t``
+    zeroed, and views of its `bytes` must not outlive the region. `param` is the ``ucp_request_param_t``
     of puts out of this region.
     """
 
@@ -46,13 +46,14 @@ class MemoryRegion(Resource):
         )
         super().__init__(handle.value or 0, context)
         self.context = context
-        self._array = array
         attr = abi.MemAttr(field_mask=abi.MemAttrField.ADDRESS | abi.MemAttrField.LENGTH)
         self.library("ucp_mem_query", handle, ctypes.byref(attr))
         self.address: int = int(params.address or attr.address)
         self.nbytes: int = int(params.length)
-        self.bytes: NDArray[np.uint8] = np.ctypeslib.as_array(
-            (ctypes.c_uint8 * self.nbytes).from_address(self.address)
+        self.bytes: NDArray[np.uint8] = (
+            np.ctypeslib.as_array((ctypes.c_uint8 * self.nbytes).from_address(self.address))
+            if array is None
+            else array.reshape(-1).view(np.uint8)
         )
         self.param = abi.RequestParam(op_attr_mask=abi.OpAttr.MEMH, memh=handle.value)
         if array is None:

@@ -1,0 +1,190 @@
+"""Buckets: parameters and gradients laid out flat in registered memory.
+
+A parameter's data becomes a view into its bucket, so that what is put is what the optimizer
+wrote, and what is mixed is what the next forward reads: no copy in the step. Gradients likewise,
+as long as they are accumulated into their views.
+
+Rejected: registering torch's own tensors (they are scattered, freed and reused by its allocator);
+DDP's ``bucket.buffer()`` (DDP rebuilds its buckets after the first iteration).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+from ucxgossip.errors import ArrayError, ModelError
+from ucxgossip.group import Buffer, Group
+from ucxgossip.mailbox import Mailbox
+from ucxgossip.ucp.memory import MemoryRegion
+
+ALIGNMENT = 64
+"""Bytes to which each tensor is aligned in its bucket."""
+
+DTYPES = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
+
+
+def dense(tensor: torch.Tensor) -> bool:
+    """Whether the tensor's elements fill one span of memory, in any order of dimensions."""
+    expected = 1
+    for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if length > 1:
+            if stride != expected:
+                return False
+            expected *= length
+    return True
+
+
+def check_parameter(name: str, parameter: torch.Tensor) -> None:
+    """`ArrayError` for a parameter that cannot live in a bucket."""
+    if parameter.device.type != "cpu":
+        raise ArrayError(
+            f"parameter {name} is on {parameter.device}; only models on the CPU are served so "
+            "far. Move the model with model.cpu() before attach"
+        )
+    if parameter.layout != torch.strided:
+        raise ArrayError(f"parameter {name} has layout {parameter.layout}; it must be strided")
+    if parameter.dtype not in DTYPES:
+        raise ArrayError(
+            f"parameter {name} is {parameter.dtype}; float32 and float64 are served. Convert the "
+            "model with model.float()"
+        )
+
+
+class Flat:
+    """One span of registered memory and the views of tensors in it."""
+
+    def __init__(self, group: Group, tensors: Sequence[torch.Tensor]) -> None:
+        dtype = tensors[0].dtype
+        self.dtype = DTYPES[dtype]
+        step = ALIGNMENT // self.dtype.itemsize
+        offsets, count = [], 0
+        for tensor in tensors:
+            offsets.append(count)
+            count += -(-tensor.numel() // step) * step
+        self.count = max(count, step)
+        self.region: MemoryRegion = group.allocate(self.count * self.dtype.itemsize)
+        self.array = self.region.view(self.dtype, self.count)
+        self.tensor = torch.from_numpy(self.array)
+        self.views = [
+            self.tensor.as_strided(tensor.shape, tensor.stride(), offset)
+            if dense(tensor)
+            else self.tensor[offset : offset + tensor.numel()].view(tensor.shape)
+            for tensor, offset in zip(tensors, offsets, strict=True)
+        ]
+        self.buffer = Buffer.of(self.array, self.region)
+
+    def close(self) -> None:
+        """Free the memory; no view may be in use."""
+        self.views.clear()
+        self.region.close()
+
+
+class Bucket:
+    """Some parameters of one dtype: their weights, gradients and the mailboxes of both.
+
+    weights: the parameters' data, as views (kept by `adopt` until `release`). gradients: the same
+    for ``.grad``, or None where gradients do not travel.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        parameters: Sequence[torch.nn.Parameter],
+        weights_travel: bool,
+        gradients_travel: bool,
+    ) -> None:
+        self.parameters = list(parameters)
+        self.weights = Flat(group, self.parameters)
+        self.gradients = Flat(group, self.parameters) if gradients_travel else None
+        nbytes = self.weights.buffer.nbytes
+        self.weights_box: Mailbox | None = group.mailbox(nbytes) if weights_travel else None
+        self.gradients_box: Mailbox | None = group.mailbox(nbytes) if gradients_travel else None
+        self.waiting = len(self.parameters)
+        self.received = [False] * len(self.parameters)
+        self.posted = False
+
+    def adopt(self) -> None:
+        """Move the parameters' data into the bucket."""
+        with torch.no_grad():
+            for parameter, view in zip(self.parameters, self.weights.views, strict=True):
+                view.copy_(parameter.data)
+                parameter.data = view
+
+    def release(self) -> None:
+        """Give the parameters and their gradients memory of their own again."""
+        with torch.no_grad():
+            for parameter in self.parameters:
+                parameter.data = parameter.data.clone()
+                if self.gradients is not None and parameter.grad is not None:
+                    parameter.grad = parameter.grad.clone()
+
+    def reset_gradients(self) -> None:
+        """Zero the gradients in place of dropping them, so that backward writes here."""
+        if self.gradients is None:
+            return
+        self.gradients.tensor.zero_()
+        for parameter, view in zip(self.parameters, self.gradients.views, strict=True):
+            if parameter.requires_grad:
+                parameter.grad = view
+
+    def start_backward(self) -> None:
+        """Expect one gradient for each parameter."""
+        self.waiting = len(self.parameters)
+        self.received = [False] * len(self.parameters)
+        self.posted = False
+
+    def receive(self, index: int) -> bool:
+        """Note that parameter `index` has its gradient; whether the bucket is complete."""
+        self.take_in(index)
+        if not self.received[index]:
+            self.received[index] = True
+            self.waiting -= 1
+        return self.waiting == 0
+
+    def take_in(self, index: int) -> bool:
+        """Make the gradient of parameter `index` live in the bucket; whether there was one.
+
+        A gradient that autograd put elsewhere (after ``model.zero_grad()``, say) is copied.
+        """
+        assert self.gradients is not None
+        parameter, view = self.parameters[index], self.gradients.views[index]
+        gradient = parameter.grad
+        if gradient is None:
+            view.zero_()
+            parameter.grad = view
+            return False
+        if gradient.data_ptr() != view.data_ptr() or gradient.shape != view.shape:
+            view.copy_(gradient)
+            parameter.grad = view
+        return True
+
+    def close(self) -> None:
+        """Free the flat memory; `release` comes before."""
+        self.weights.close()
+        if self.gradients is not None:
+            self.gradients.close()
+
+
+def partition(
+    parameters: Iterable[tuple[str, torch.nn.Parameter]], limit: int
+) -> list[list[torch.nn.Parameter]]:
+    """Split parameters, in order, into runs of one dtype of at most `limit` bytes each.
+
+    A parameter larger than `limit` stands alone. `ModelError` where there is none.
+    """
+    runs: list[list[torch.nn.Parameter]] = []
+    size = 0
+    for name, parameter in parameters:
+        check_parameter(name, parameter)
+        nbytes = parameter.numel() * parameter.element_size()
+        if not runs or runs[-1][-1].dtype != parameter.dtype or size + nbytes > limit:
+            runs.append([])
+            size = 0
+        runs[-1].append(parameter)
+        size += nbytes
+    if not runs:
+        raise ModelError("the model has no parameter that requires a gradient; nothing to mix")
+    return runs
