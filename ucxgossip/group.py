@@ -317,7 +317,11 @@ class Group:
             self.wait(mailbox)
 
     def exchange(
-        self, array: NDArray[Any], mix: bool = True, schedule: Schedule | None = None
+        self,
+        array: NDArray[Any],
+        mix: bool = True,
+        schedule: Schedule | None = None,
+        mailbox: Mailbox | None = None,
     ) -> NDArray[Any]:
         """One blocking round: put `array` to this step's partner, take another's. Collective.
 
@@ -325,19 +329,25 @@ class Group:
         and dtype in each call (`ArrayError` else). With mix=True the array becomes the mean of
         itself and what came in, and is returned; with mix=False it stays, and what came in is
         returned as a new array. schedule: `Rotated(Dissemination(size))` by default; the same in
-        each call.
+        each call. mailbox: one of `mailbox(array.nbytes)`, to exchange arrays of several sizes.
         """
         self._check_usable()
         buffer = Buffer.of(array)
         if mix and buffer.dtype not in _OPERATIONS:
             raise ArrayError(f"the array is {buffer.dtype}; float32 and float64 can be mixed")
         chosen = self.check_schedule(schedule or self._default_schedule)
-        mailbox = self._mailbox_of_exchange(buffer, chosen)
+        box = self._mailbox_of_exchange(buffer, chosen) if mailbox is None else mailbox
+        if box.layout.nbytes != buffer.nbytes:
+            raise ArrayError(
+                f"exchange: the array has {buffer.nbytes} bytes, its mailbox {box.layout.nbytes}; "
+                "sizes may not change between rounds. For several sizes make one "
+                "group.mailbox(nbytes) each and pass it as mailbox="
+            )
         if self.size == 1:
             return array if mix else array.copy()
         target = buffer if mix else Buffer.of(np.empty_like(array))
-        self.post_scheduled(mailbox, buffer, target, chosen, mailbox.round, mix=mix, kick=False)
-        self.wait(mailbox)
+        self.post_scheduled(box, buffer, target, chosen, box.round, mix=mix, kick=False)
+        self.wait(box)
         return array if mix else target.owner  # type: ignore[return-value]
 
     def post_scheduled(
@@ -386,15 +396,10 @@ class Group:
             )
             self._exchange_box = self.mailbox(buffer.nbytes)
             self._exchange_dtype = buffer.dtype
-        elif self._exchange_box.layout.nbytes != buffer.nbytes:
-            raise ArrayError(
-                f"exchange: the array has {buffer.nbytes} bytes, the first one had "
-                f"{self._exchange_box.layout.nbytes}; sizes may not change between rounds. For "
-                "several sizes make one group.mailbox(nbytes) each and use group.post"
-            )
         elif self._exchange_dtype != buffer.dtype:
             raise ArrayError(
-                f"exchange: the array is {buffer.dtype}, the first one was {self._exchange_dtype}"
+                f"exchange: the array is {buffer.dtype}, the first one was {self._exchange_dtype}; "
+                "dtypes may not change between rounds"
             )
         return self._exchange_box
 

@@ -1,0 +1,99 @@
+"""`ucxgossip bench put`: our put beside ucx_perftest's, size by size, interleaved in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from ucxgossip.bench.environment import environment
+from ucxgossip.bench.pair import Pair
+from ucxgossip.bench.perftest import Perftest, find_perftest
+from ucxgossip.bench.table import Column, Table
+from ucxgossip.errors import ArgumentError, BenchError
+from ucxgossip.ucp import lib
+
+PEERS = ("ucx_perftest",)
+COLUMNS = (
+    Column("bytes", "size", "B", "d", 11),
+    Column("transport", "transport", "", "", 9),
+    Column("latency_us", "latency", "us", ".2f", 10),
+    Column("peer_latency_us", "peer", "us", ".2f", 10),
+    Column("latency_ratio", "ratio", "", ".2f", 6),
+    Column("bandwidth_MBps", "bandwidth", "MB/s", ".0f", 10),
+    Column("peer_bandwidth_MBps", "peer", "MB/s", ".0f", 10),
+    Column("bandwidth_ratio", "ratio", "", ".2f", 6),
+    Column("latency_spread", "spread", "%", ".0f", 7),
+)
+
+
+def run(
+    transport: str, sizes: Sequence[int], against: str | None, repeats: int = 5, seconds: float = 0.3
+) -> tuple[dict[str, object], list[dict[str, Any]]]:
+    """Measure, print the table as it grows, return (environment, rows).
+
+    Each size is measured `repeats` times, ours and the peer's in turn, about `seconds` each; the
+    figures are medians over the repeats. latency_spread is (max - min) / median of our repeats,
+    in percent.
+    """
+    if against is not None and against not in PEERS:
+        raise ArgumentError(f"bench put: unknown peer {against!r}; choose {', '.join(PEERS)}")
+    library = lib.load()
+    version = ".".join(map(str, library.version))
+    peer = find_perftest(library.path) if against else None
+    table = Table(COLUMNS)
+    rows: list[dict[str, Any]] = []
+    with Pair(transport, max(sizes)) as pair:
+        facts = environment(version, library.path)
+        facts["settings"] = " ".join(f"{k}={v}" for k, v in pair.side.context.settings.items())
+        facts["lanes"] = " ".join(pair.side.endpoint.transports())
+        table.header(f"ucxgossip bench put, {repeats} repeats, medians", facts)
+        for nbytes in sizes:
+            row = _row(pair, peer, transport, nbytes, repeats, seconds)
+            table.row(row)
+            rows.append(row)
+    if not rows:
+        raise BenchError("bench put measured nothing")
+    return facts, rows
+
+
+def _row(
+    pair: Pair, peer: Perftest | None, transport: str, nbytes: int, repeats: int, seconds: float
+) -> dict[str, Any]:
+    ours: dict[str, list[float]] = {"latency": [], "bandwidth": []}
+    theirs: dict[str, list[float]] = {"latency": [], "bandwidth": []}
+    trip_us = median(pair.latency(nbytes, 20, 1)) * 2
+    batch = max(1, min(100, round(20 / trip_us)))
+    samples = max(20, min(5000, round(seconds * 1e6 / (trip_us * batch))))
+    first = pair.bandwidth(nbytes, 64)
+    puts = max(64, round(seconds * first * 1e6 / nbytes))
+    for _ in range(repeats):
+        ours["latency"].append(median(pair.latency(nbytes, samples, batch)))
+        ours["bandwidth"].append(pair.bandwidth(nbytes, puts))
+        if peer is not None:
+            theirs["latency"].append(peer.latency(transport, nbytes, seconds=seconds))
+            theirs["bandwidth"].append(peer.bandwidth(transport, nbytes, seconds=seconds))
+    latency, bandwidth = median(ours["latency"]), median(ours["bandwidth"])
+    row: dict[str, Any] = {
+        "bench": "put",
+        "transport": transport,
+        "bytes": nbytes,
+        "latency_us": latency,
+        "latency_spread": 100 * (max(ours["latency"]) - min(ours["latency"])) / latency,
+        "bandwidth_MBps": bandwidth,
+        "peer": None,
+        "peer_latency_us": None,
+        "peer_bandwidth_MBps": None,
+        "latency_ratio": None,
+        "bandwidth_ratio": None,
+    }
+    if peer is not None:
+        peer_latency, peer_bandwidth = median(theirs["latency"]), median(theirs["bandwidth"])
+        row |= {
+            "peer": "ucx_perftest",
+            "peer_latency_us": peer_latency,
+            "peer_bandwidth_MBps": peer_bandwidth,
+            "latency_ratio": latency / peer_latency,
+            "bandwidth_ratio": bandwidth / peer_bandwidth,
+        }
+    return row

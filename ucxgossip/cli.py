@@ -1,0 +1,121 @@
+"""The command line: ``ucxgossip doctor``, ``ucxgossip bench put``, ``ucxgossip bench exchange``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ucxgossip.bench.table import parse_sizes, write_json
+from ucxgossip.errors import ArgumentError, GossipError
+from ucxgossip.ucp.context import TRANSPORTS
+
+Result = tuple[dict[str, object], list[dict[str, Any]]]
+
+
+def _doctor(options: argparse.Namespace) -> Result:
+    from ucxgossip import doctor
+
+    return doctor.run(options.transport)
+
+
+def _bench_put(options: argparse.Namespace) -> Result:
+    from ucxgossip.bench import put
+
+    sizes = parse_sizes(options.sizes)
+    return put.run(options.transport, sizes, options.against, options.repeats, options.seconds)
+
+
+def _bench_exchange(options: argparse.Namespace) -> Result:
+    from ucxgossip.bench import exchange
+
+    peers = [name for name in options.against.split(",") if name]
+    try:
+        ranks = [int(each) for each in options.ranks.split(",")]
+    except ValueError:
+        raise ArgumentError(f"--ranks {options.ranks!r}: write numbers such as 2,4,8") from None
+    sizes = parse_sizes(options.sizes)
+    return exchange.run(
+        options.transport, ranks, sizes, peers, options.repeats, options.seconds
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(
+        prog="ucxgossip",
+        description="Gossip in place of all-reduce, one-sided over UCX, for PyTorch.",
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="which UCX and transport you really have, and what a put costs",
+        description="Report the UCX in use, its lanes, the protocol of each size, whether puts are "
+        "emulated and whether the target must progress, and measure puts between two processes.",
+    )
+    _common(doctor, _doctor)
+
+    bench = commands.add_parser("bench", help="measure, beside the peers")
+    benches = bench.add_subparsers(required=True, metavar="WHAT")
+
+    put = benches.add_parser("put", help="latency and bandwidth of puts, beside ucx_perftest")
+    _common(put, _bench_put)
+    put.add_argument("--sizes", default="8,64K,4M", help="bytes, such as 8,64K,102.4MB")
+    put.add_argument("--against", choices=["ucx_perftest"], help="measure this peer as well")
+    _repeats(put, repeats=5, seconds=0.3)
+
+    exchange = benches.add_parser(
+        "exchange", help="whole rounds (put and in-place mean) beside all-reduce"
+    )
+    _common(exchange, _bench_exchange)
+    exchange.add_argument("--ranks", default="2,4", help="numbers of processes, such as 2,4,8")
+    exchange.add_argument("--sizes", default="8,64K,4M", help="bytes, such as 8,64K,102.4MB")
+    exchange.add_argument(
+        "--against",
+        default="",
+        metavar="PEERS",
+        help="peers to measure as well: gloo_allreduce,gloo_gossip",
+    )
+    _repeats(exchange, repeats=9, seconds=0.2)
+    return top
+
+
+def _common(command: argparse.ArgumentParser, action: Callable[..., Result]) -> None:
+    command.set_defaults(action=action)
+    command.add_argument(
+        "--transport", default="auto", help=f"one of {', '.join(TRANSPORTS)} (default: auto)"
+    )
+    command.add_argument("--json", metavar="FILE", help="write the environment and the rows here")
+
+
+def _repeats(command: argparse.ArgumentParser, repeats: int, seconds: float) -> None:
+    command.add_argument(
+        "--repeats", type=int, default=repeats, help=f"interleaved repeats (default: {repeats})"
+    )
+    command.add_argument(
+        "--seconds",
+        type=float,
+        default=seconds,
+        help=f"about how long one method runs in one repeat (default: {seconds})",
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 when it measured what it says, 2 with a message otherwise."""
+    options = parser().parse_args(arguments)
+    try:
+        if options.transport not in TRANSPORTS:
+            raise ArgumentError(
+                f"unknown transport {options.transport!r}; choose one of {', '.join(TRANSPORTS)}"
+            )
+        facts, rows = options.action(options)
+        if options.json:
+            write_json(options.json, facts, rows)
+    except GossipError as error:
+        print(f"ucxgossip: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0

@@ -1,0 +1,167 @@
+"""`ucxgossip doctor`: what transport you really have, before you wonder why it is slow.
+
+UCX falls back in silence: a put may be emulated by messages, and then the target must progress
+and every byte is copied. So this asks UCX which protocol serves each size, and measures, over a
+pair of processes on this machine. (Between machines the same questions are answered by running it
+under the settings of the job; links are measured by `bench exchange`.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from ucxgossip.bench.environment import environment
+from ucxgossip.bench.pair import Pair
+from ucxgossip.bench.table import Column, Table
+from ucxgossip.errors import BenchError, GossipError
+from ucxgossip.ucp import lib
+
+SIZES = (8, 4096, 65536, 1 << 20, 4 << 20)
+COLUMNS = (
+    Column("bytes", "size", "B", "d", 10),
+    Column("latency_us", "latency", "us", ".2f", 10),
+    Column("bandwidth_MBps", "bandwidth", "MB/s", ".0f", 10),
+    Column("emulated", "emulated", "", "", 9),
+    Column("protocol", "protocol", "", "", 44),
+)
+_PUT_TABLE = "remote memory write by ucp_put"
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_PROBE_S = 120.0
+
+
+def run(transport: str) -> tuple[dict[str, object], list[dict[str, Any]]]:
+    """Print the report, return (environment, rows); a row for each size."""
+    library = lib.load()
+    facts = environment(".".join(map(str, library.version)), library.path)
+    facts |= {
+        "ucx_origin": library.origin,
+        "rdma_devices": " ".join(lib.rdma_devices()) or "none",
+        "transport": transport,
+    }
+    found = _probe(transport)
+    facts |= found["facts"]
+    table = Table(COLUMNS)
+    table.header("ucxgossip doctor: puts between two processes of this machine", facts)
+    rows: list[dict[str, Any]] = found["rows"]
+    for row in rows:
+        table.row(
+            row | {"emulated": {True: "yes", False: "no", None: None}[row["emulated"]]}
+        )
+    for advice in advise(facts, rows):
+        print(f"# {advice}")
+    return facts, rows
+
+
+def advise(facts: dict[str, object], rows: list[dict[str, Any]]) -> list[str]:
+    """What a user should know or do about these findings, a line each."""
+    lines = []
+    if any(row["emulated"] for row in rows):
+        lines.append(
+            "Some puts are emulated by active messages: each byte is copied by both sides' CPU. "
+            "A newer UCX (pip install ucxgossip[cu12]) does better over TCP."
+        )
+    if facts["target_must_progress"]:
+        lines.append(
+            "A put completes only when its target drives UCX; the engine thread does that."
+        )
+    if facts["rdma_devices"] != "none" and facts["ucx_origin"] == "wheel":
+        lines.append(
+            "An RDMA device is present but the wheel's UCX is built without verbs: install the "
+            f"system's UCX, or point {lib.ENVIRONMENT_VARIABLE} to one."
+        )
+    return lines or ["Puts are served by the transport itself."]
+
+
+def _probe(transport: str) -> dict[str, Any]:
+    """Run `main` in a child whose UCX writes its choice of protocols to a file."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "ucx.log"
+        child = subprocess.run(
+            [sys.executable, "-m", "ucxgossip.doctor", transport],
+            env={**os.environ, "UCX_LOG_FILE": str(log)},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            timeout=_PROBE_S,
+            check=False,
+        )
+        if child.returncode:
+            said = child.stderr.decode(errors="replace").strip().splitlines()[-1:]
+            raise BenchError(f"doctor: the probe over {transport} failed: {''.join(said)}")
+        found: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+        text = log.read_text(errors="replace") if log.exists() else ""
+    protocols = parse_protocols(text)
+    for row in found["rows"]:
+        name = next(
+            (each[2] for each in protocols if each[0] <= row["bytes"] <= each[1]), None
+        )
+        row["protocol"] = name
+        row["emulated"] = None if name is None else "software emulation" in name
+    return found
+
+
+def parse_protocols(text: str) -> list[tuple[int, float, str]]:
+    """(first byte, last byte, protocol) of puts, out of UCX's PROTO_INFO tables (UCX 1.14 on)."""
+    found: list[tuple[int, float, str]] = []
+    inside = False
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if _PUT_TABLE in line:
+            inside = "host" in line
+        elif inside and len(cells) == 3 and ".." in cells[0]:
+            first, last = cells[0].split("..")
+            found.append((_bytes(first), _bytes(last), f"{cells[1]} {cells[2]}".strip()))
+        elif inside and found and len(cells) < 3 and "+" not in line:
+            inside = False
+    return found
+
+
+def _bytes(text: str) -> float:
+    if text == "inf":
+        return float("inf")
+    match = re.fullmatch(r"(\d+)([KMG]?)", text)
+    if match is None:
+        raise BenchError(f"doctor: cannot read {text!r} in UCX's protocol table")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def main() -> None:
+    """The probe: measure over a pair, and print the findings as one line of JSON."""
+    transport = sys.argv[1]
+    settings = {"PROTO_INFO": "y"} if lib.load().version >= (1, 14, 0) else {}
+    rows: list[dict[str, Any]] = []
+    try:
+        with Pair(transport, max(SIZES), settings) as pair:
+            alone = pair.completes_alone(1 << 20)
+            for nbytes in SIZES:
+                latency = median(pair.latency(nbytes, 200, 1))
+                puts = max(64, min(20000, (64 << 20) // nbytes))
+                rows.append(
+                    {
+                        "bench": "doctor",
+                        "transport": transport,
+                        "bytes": nbytes,
+                        "latency_us": latency,
+                        "bandwidth_MBps": pair.bandwidth(nbytes, puts),
+                    }
+                )
+            facts = {
+                "lanes": " ".join(pair.side.endpoint.transports()) or "unknown before UCX 1.14",
+                "settings": " ".join(f"{k}={v}" for k, v in pair.side.context.settings.items()),
+                "target_must_progress": not alone,
+            }
+    except GossipError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    print(json.dumps({"facts": facts, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
