@@ -110,7 +110,7 @@ class Mailbox:
         self.layout = layout
         self.region = MemoryRegion(context, nbytes=layout.total)
         self.credits = np.zeros(CREDIT_WINDOW, np.int64)
-        self.peers = np.zeros((size, 2), np.int64)
+        self.peers = np.zeros((size, 3), np.int64)
         self.keys: dict[int, RemoteKey] = {}
         self.index = -1
         self.round = 0
@@ -143,9 +143,9 @@ class Mailbox:
         return _BLOB.pack(self.region.address, self.layout.total) + self.region.pack()
 
     def set_peer(self, rank: int, key: RemoteKey, address: int) -> None:
-        """Remember where the twin of this mailbox stands on `rank`."""
+        """Remember where the twin of this mailbox stands on `rank`, and if it can be stored to."""
         self.keys[rank] = key
-        self.peers[rank] = (address, key.handle)
+        self.peers[rank] = (address, key.handle, key.pointer(address))
 
     def close(self) -> None:
         """Release the region and the keys. Further calls do nothing."""

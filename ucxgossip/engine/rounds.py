@@ -6,8 +6,11 @@ mixes the chunks that arrive into its target. In place, chunk c is mixed once it
 (`SENT`) and the partner's has come. When all is mixed and all has left, the credit for the slot's
 next round goes to whoever will write it.
 
-Order of data and signal: put, fence, put (docs/protocol.md). Nothing here blocks, raises or
-allocates; a UCX error ends the round with its status.
+Order of data and signal (docs/protocol.md): over a network put, fence, put; where UCX maps the
+partner's memory into this process (``ucp_rkey_ptr``, shared memory), a copy and a store-release.
+Puts into shared memory were rejected: after the first ``ucp_worker_fence`` UCX 1.22 serves them by
+active messages. Nothing here blocks, raises or allocates; a UCX error ends the round with its
+status.
 """
 
 from __future__ import annotations
@@ -92,12 +95,38 @@ def _credited(mailbox: Any) -> bool:
 
 
 @jit.njit
+def _peer(engine: Any, mailbox: Any, rank: int) -> Any:
+    """(address, rkey, local pointer or 0) of the mailbox's twin on `rank`."""
+    return jit.view_words(mailbox[w.PEERS] + 24 * rank, 3)
+
+
+@jit.njit
+def _ring(engine: Any, mailbox: Any, part: int) -> int:
+    """Wake the target, who may sleep: a store or an RDMA write alone wakes nobody."""
+    if engine[w.RING] == 0:
+        return 0
+    return _forget(_send(engine, mailbox, mailbox[w.TO], w.AM_BELL, mailbox[w.ROUND], part, 0))
+
+
+@jit.njit
+def _store_signalled(engine: Any, mailbox: Any, part: int, offset: int, nbytes: int) -> int:
+    """Copy one chunk into a slot of this machine, then its signal, with release order."""
+    number = mailbox[w.ROUND]
+    direct = _peer(engine, mailbox, mailbox[w.TO])[2]
+    slot = direct + mailbox[w.SLOTS_OFFSET] + (number % mailbox[w.DEPTH]) * mailbox[w.STRIDE]
+    jit.copy_memory(slot + offset, mailbox[w.SOURCE] + offset, nbytes)
+    signals = direct + mailbox[w.SIGNALS_OFFSET] + 8 * signal_index(mailbox, number, part)
+    jit.store_release(jit.view_words(signals, 1), 0, (engine[w.EPOCH] << 48) | (number + 1))
+    return _ring(engine, mailbox, part)
+
+
+@jit.njit
 def _put_signalled(engine: Any, mailbox: Any, part: int, offset: int, nbytes: int) -> int:
     """Put one chunk and, behind a fence, its signal; the data's request as `ops.put` gives it."""
-    to, number = mailbox[w.TO], mailbox[w.ROUND]
-    endpoint = _endpoint(engine, to)
-    peer = jit.view_words(mailbox[w.PEERS], 2 * engine[w.RANKS])
-    base, key = peer[2 * to], peer[2 * to + 1]
+    number = mailbox[w.ROUND]
+    endpoint = _endpoint(engine, mailbox[w.TO])
+    peer = _peer(engine, mailbox, mailbox[w.TO])
+    base, key = peer[0], peer[1]
     slot = mailbox[w.SLOTS_OFFSET] + (number % mailbox[w.DEPTH]) * mailbox[w.STRIDE]
     request = ops.put(
         endpoint,
@@ -117,13 +146,9 @@ def _put_signalled(engine: Any, mailbox: Any, part: int, offset: int, nbytes: in
     jit.view_words(word, 1)[0] = (engine[w.EPOCH] << 48) | (number + 1)
     remote = base + mailbox[w.SIGNALS_OFFSET] + 8 * index
     status = _forget(ops.put(endpoint, word, 8, remote, key, mailbox[w.OUT_PARAM]))
-    if status < 0:
-        return status
-    if engine[w.RING]:
-        status = _forget(_send(engine, mailbox, to, w.AM_BELL, number, part, 0))
-        if status < 0:
-            return status
-    return request
+    if status == 0:
+        status = _ring(engine, mailbox, part)
+    return status if status < 0 else request
 
 
 @jit.njit
@@ -139,7 +164,9 @@ def _put_next(engine: Any, mailbox: Any) -> int:
         return 0
     offset = part * mailbox[w.CHUNK]
     nbytes = min(mailbox[w.CHUNK], mailbox[w.NBYTES] - offset)
-    if mailbox[w.NBYTES] <= engine[w.EAGER]:
+    if _peer(engine, mailbox, mailbox[w.TO])[2] != 0:
+        request = _store_signalled(engine, mailbox, part, offset, nbytes)
+    elif mailbox[w.NBYTES] <= engine[w.EAGER]:
         request = _send(
             engine, mailbox, mailbox[w.TO], w.AM_DATA, mailbox[w.ROUND], 0, nbytes
         )

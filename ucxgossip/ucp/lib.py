@@ -56,6 +56,7 @@ CONTROL: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ucp_rkey_pack": (_status, (_p, _p, _pp, ctypes.POINTER(size_t))),
     "ucp_rkey_buffer_release": (None, (_p,)),
     "ucp_ep_rkey_unpack": (_status, (_p, _p, _pp)),
+    "ucp_rkey_ptr": (_status, (_p, uint64, _pp)),
     "ucp_rkey_destroy": (None, (_p,)),
 }
 """Called from Python: creation, queries, destruction."""

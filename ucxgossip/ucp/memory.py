@@ -100,5 +100,13 @@ class RemoteKey(Resource):
         )
         super().__init__(handle.value or 0, endpoint)
 
+    def pointer(self, remote_address: int) -> int:
+        """``ucp_rkey_ptr``: where this process may store to that memory directly; 0 if nowhere."""
+        local = ctypes.c_void_p()
+        status = self.library.functions["ucp_rkey_ptr"](
+            self.handle, remote_address, ctypes.byref(local)
+        )
+        return int(local.value or 0) if status == abi.Status.OK else 0
+
     def _release(self, handle: int) -> None:
         self.library.functions["ucp_rkey_destroy"](handle)
