@@ -34,10 +34,30 @@ from numba.extending import intrinsic, overload
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+INTERPRETED = bool(numba.config.DISABLE_JIT)
+"""Whether NUMBA_DISABLE_JIT turned compilation off; everything then runs as Python."""
+
+
 def njit(function: F) -> F:
     """Compile `function` on its first call: nopython, without the GIL, cached on disk."""
     compiled: F = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
     return compiled
+
+
+def compile_ahead(function: Any, signature: Any) -> None:
+    """Compile (or load from the cache) the version of `function` for `signature`."""
+    if not INTERPRETED:
+        function.compile(signature)
+
+
+def c_callback(function: Any, signature: Any) -> Any:
+    """`function` as a C function of integers: an object with `address`, to be kept alive."""
+    if not INTERPRETED:
+        return numba.cfunc(signature, nopython=True, cache=True)(function.py_func)
+    count = len(signature.args)
+    callback: Any = ctypes.CFUNCTYPE(ctypes.c_int8, *(ctypes.c_int64,) * count)(function)
+    callback.address = ctypes.cast(callback, ctypes.c_void_p).value
+    return callback
 
 
 def external(name: str, restype: Any, *argtypes: Any) -> Any:
@@ -159,7 +179,7 @@ def _viewer(dtype: Any) -> Callable[[int, int], Any]:
     ctype = np.ctypeslib.as_ctypes_type(dtype)
 
     def view(address: int, count: int) -> Any:
-        return np.ctypeslib.as_array((ctype * count).from_address(address))
+        return np.ctypeslib.as_array((ctype * int(count)).from_address(int(address)))
 
     compiled_as(
         view, lambda address, count: numba.carray(_as_pointer(address), (count,), dtype)
@@ -178,7 +198,7 @@ _memmove = external("memmove", types.int64, types.int64, types.int64, types.int6
 
 def copy_memory(target: int, source: int, nbytes: int) -> None:
     """memmove(3): copy `nbytes` bytes between two addresses."""
-    ctypes.memmove(target, source, nbytes)
+    ctypes.memmove(int(target), int(source), int(nbytes))
 
 
 compiled_as(copy_memory, lambda target, source, nbytes: _memmove(target, source, nbytes))
@@ -239,7 +259,7 @@ def wait_readable(first: int, second: int, timeout_ms: int) -> int:
     Bit 0 is set when `first` is readable, bit 1 when `second` is.
     """
     poller = select.poll()
-    for descriptor in (first, second):
+    for descriptor in map(int, (first, second)):
         if descriptor >= 0:
             poller.register(descriptor, select.POLLIN)
     ready = {descriptor for descriptor, _ in poller.poll(timeout_ms)}
@@ -259,7 +279,7 @@ def _wait_readable(first: int, second: int, timeout_ms: int) -> int:
 
 def kick(descriptor: int) -> None:
     """Make an eventfd readable."""
-    os.eventfd_write(descriptor, 1)
+    os.eventfd_write(int(descriptor), 1)
 
 
 def _kick(descriptor: int) -> None:
@@ -271,7 +291,7 @@ def _kick(descriptor: int) -> None:
 def drain(descriptor: int) -> None:
     """Make a non-blocking eventfd unreadable again."""
     with suppress(BlockingIOError):
-        os.eventfd_read(descriptor)
+        os.eventfd_read(int(descriptor))
 
 
 def _drain(descriptor: int) -> None:
@@ -311,6 +331,9 @@ def warm_up(*compiled: Any) -> Iterator[None]:
     numba keys its cache by the file of each function alone, so code that calls changed functions
     of another file would be stale: the caches of other sources are removed first.
     """
+    if INTERPRETED:
+        yield
+        return
     folders = {Path(function.stats.cache_path) for function in compiled}
     marker = min(folders) / f"ucxgossip-{_digest()}.warm"
     if marker.exists():

@@ -18,7 +18,7 @@ from ucxgossip.engine import words as w
 from ucxgossip.errors import ArgumentError, ClosedError, ExchangeError, ExchangeTimeoutError
 from ucxgossip.kernels.cpu import mix
 from ucxgossip.mailbox import MAX_ROUND, Mailbox
-from ucxgossip.ucp import abi
+from ucxgossip.ucp import abi, ops
 from ucxgossip.ucp.context import Context
 from ucxgossip.ucp.endpoint import Endpoint
 from ucxgossip.ucp.worker import Worker
@@ -103,7 +103,7 @@ class Engine:
             drive.run(self.words)
             drive.drive(self.words, -1, jit.now_ns() + _LOCK_NS)
             self.words[w.STOP] = 0
-            rounds.post.compile(rounds.POST_SIGNATURE)
+            jit.compile_ahead(rounds.post, rounds.POST_SIGNATURE)
         for ident, callback in self._callbacks.items():
             self.worker.set_handler(ident, callback.address, self.words.ctypes.data)
 
@@ -265,6 +265,7 @@ class Engine:
             return
         self._closed = True
         self.stop()
+        self._drop_requests()
         for endpoint in self.endpoints.values():
             endpoint.abandon()
         for mailbox in self.mailboxes:
@@ -272,6 +273,15 @@ class Engine:
         self.worker.close()
         os.close(int(self.words[w.ENGINE_FD]))
         os.close(int(self.words[w.DRIVER_FD]))
+
+    def _drop_requests(self) -> None:
+        """Give back the requests of rounds that were broken off."""
+        for row in self.table[: len(self.mailboxes)]:
+            requests = jit.view_words(int(row[w.REQUESTS]), int(row[w.WINDOW]))
+            for part in range(int(row[w.SENT]), int(row[w.PUT])):
+                request = int(requests[part % int(row[w.WINDOW])])
+                if request > 0:
+                    ops.free(request)
 
     def describe_wait(self, mailbox: Mailbox, seconds: float) -> ExchangeTimeoutError:
         """The error that says whom this mailbox's round waits for, for what, and how long."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from numba import cfunc, types
+from numba import types
 
 from ucxgossip import jit
 from ucxgossip.engine import words as w
@@ -160,7 +160,4 @@ _SIGNATURE = types.int8(_word, _word, _word, _word, _word, _word)
 def callbacks() -> dict[int, Any]:
     """C functions of the handlers by message id; keep them as long as a worker lives."""
     table = {w.AM_DATA: on_data, w.AM_CREDIT: on_credit, w.AM_BELL: on_bell}
-    return {
-        ident: cfunc(_SIGNATURE, nopython=True, cache=True)(handler.py_func)
-        for ident, handler in table.items()
-    }
+    return {ident: jit.c_callback(handler, _SIGNATURE) for ident, handler in table.items()}

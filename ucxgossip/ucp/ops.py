@@ -30,7 +30,7 @@ _free = jit.external("ucp_request_free", types.void, _word)
 
 
 def _call(name: str, *arguments: int) -> Any:
-    return lib.load().functions[name](*arguments)
+    return lib.load().functions[name](*map(int, arguments))
 
 
 def signed(result: int | None) -> int:

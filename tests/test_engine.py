@@ -1,0 +1,347 @@
+"""Two engines in one process, driven in turns by the test: every step of a round is under control.
+
+The whole file also runs with NUMBA_DISABLE_JIT=1 (test_interpreted.py), where the state machine,
+the handlers and the UCX calls are plain Python.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from ucxgossip import jit
+from ucxgossip.engine import Engine, Post, Tuning, drive
+from ucxgossip.engine import words as w
+from ucxgossip.errors import ArgumentError, ClosedError, ExchangeError
+from ucxgossip.mailbox import Layout, Mailbox, parse_description
+from ucxgossip.ucp import Context, RemoteKey, ops
+
+DEADLINE_S = 30.0
+CANARY = 64
+TUNING = Tuning(eager=64, chunk=1024, window=3)
+
+
+@dataclass
+class Pair:
+    """Rank 0 and rank 1, connected both ways by one mailbox each."""
+
+    engines: list[Engine]
+    boxes: list[Mailbox]
+
+    def post(self, rank: int, array: np.ndarray, **changes: object) -> None:
+        """Start a round of `array`, in place, with the other rank."""
+        other = 1 - rank
+        what = {
+            "source": array.ctypes.data,
+            "target": array.ctypes.data,
+            "nbytes": array.nbytes,
+            "to": other,
+            "sender": other,
+            "operation": w.MIX_FLOAT64 if array.dtype == np.float64 else w.MIX_FLOAT32,
+            "need_credit": self.boxes[rank].round >= self.boxes[rank].layout.depth,
+            "grant_next": other,
+        }
+        self.engines[rank].post(self.boxes[rank], Post(**{**what, **changes}))  # type: ignore[arg-type]
+
+    def step(self, *ranks: int) -> None:
+        for rank in ranks or (0, 1):
+            drive.drive_once(self.engines[rank].words)
+
+    def until(self, condition: Callable[[], bool], *ranks: int) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while not condition():
+            self.step(*ranks)
+            assert time.monotonic() < deadline, "deadline"
+
+    def word(self, rank: int, index: int) -> int:
+        return int(self.engines[rank].table[self.boxes[rank].index, index])
+
+    def settle(self, rank: int, passes: int = 50) -> None:
+        """Give `rank` and its partner every chance to move."""
+        for _ in range(passes):
+            self.step(rank, 1 - rank)
+
+    def ended(self, *ranks: int) -> bool:
+        return all(self.word(rank, w.STATE) == w.DONE for rank in ranks or (0, 1))
+
+
+@pytest.fixture(params=["tcp", "shm"])
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def make_pair(transport: str, nbytes: int, depth: int) -> Pair:
+    contexts = [Context(transport, {"NET_DEVICES": "lo"}) for _ in range(2)]
+    engines = [
+        Engine(context, rank, 2, TUNING, ring=transport != "tcp")
+        for rank, context in enumerate(contexts)
+    ]
+    layout = Layout(nbytes, depth, TUNING.chunk)
+    boxes = [Mailbox(context, layout, 2) for context in contexts]
+    for rank in range(2):
+        engines[rank].open(boxes[rank])
+    for rank, other in ((0, 1), (1, 0)):
+        endpoint = engines[rank].connect(other, engines[other].worker.address)
+        address, packed = parse_description(boxes[other].describe(), layout, other)
+        boxes[rank].set_peer(other, RemoteKey(endpoint, packed), address)
+    return Pair(engines, boxes)
+
+
+@pytest.fixture
+def pair(transport: str, request: pytest.FixtureRequest) -> Iterator[Pair]:
+    made = make_pair(transport, *getattr(request, "param", (4096, 2)))
+    yield made
+    for box in made.boxes:
+        assert box.intact(), "a guard byte of a mailbox was overwritten"
+    for engine in made.engines:
+        assert engine.words[w.MALFORMED] == 0
+        engine.close()
+        engine.context.close()
+
+
+def guarded(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A copy of `values` inside a larger buffer whose ends hold canaries; (view, buffer)."""
+    raw = np.full(values.nbytes + 2 * CANARY, 0x5C, np.uint8)
+    view = raw[CANARY:-CANARY].view(values.dtype)
+    view[:] = values
+    return view, raw
+
+
+def canaries_alive(raw: np.ndarray) -> bool:
+    return bool((raw[:CANARY] == 0x5C).all() and (raw[-CANARY:] == 0x5C).all())
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("pair", "nbytes"),
+    [((8, 2), 8), ((64, 2), 64), ((72, 2), 72), ((1024, 1), 1024), ((5000, 2), 5000), ((8192, 3), 8)],
+    indirect=["pair"],
+)
+def test_rounds_average_in_place(pair: Pair, nbytes: int, dtype: type) -> None:
+    rng = np.random.default_rng(nbytes)
+    for number in range(7):
+        a, b = (rng.standard_normal(nbytes // np.dtype(dtype).itemsize).astype(dtype) for _ in "ab")
+        (left, left_raw), (right, right_raw) = guarded(a), guarded(b)
+        pair.post(0, left)
+        pair.post(1, right)
+        pair.until(pair.ended)
+        half = dtype(0.5)
+        np.testing.assert_array_equal(left, a + half * (b - a))
+        np.testing.assert_array_equal(right, b + half * (a - b))
+        assert canaries_alive(left_raw) and canaries_alive(right_raw)
+        expected = float(((a.astype(np.float64) - b) ** 2).sum())
+        distance = pair.engines[0].floats[pair.boxes[0].index, w.DISTANCE]
+        assert distance == pytest.approx(expected, rel=1e-5)
+        assert pair.word(0, w.ROUND) == number
+
+
+def test_copy_leaves_the_source(pair: Pair) -> None:
+    left, right = np.arange(512.0), np.arange(512.0) * 3
+    received = np.zeros(512)
+    pair.post(0, left, target=received.ctypes.data, operation=w.COPY)
+    pair.post(1, right, operation=w.COPY, sender=-1, grant_next=-1)
+    pair.engines[0].table[0, w.TO] = -1  # rank 0 only receives
+    pair.until(pair.ended)
+    np.testing.assert_array_equal(received, np.arange(512.0) * 3)
+    np.testing.assert_array_equal(left, np.arange(512.0))
+
+
+def test_a_partner_ahead_fills_the_slots_and_then_waits_for_credit(pair: Pair) -> None:
+    rounds = [np.full(512, float(number)) for number in range(3)]
+    for number in range(2):
+        pair.post(0, rounds[number], sender=-1, grant_next=-1)
+        pair.until(lambda: pair.ended(0))
+    for number in range(2):
+        assert (pair.boxes[1].slot(number, np.float64, 512) == number).all()
+    pair.post(0, rounds[2], sender=-1, grant_next=-1)
+    pair.settle(0)
+    assert not pair.ended(0)
+    assert pair.word(0, w.PUT) == 0, "put without credit"
+    assert (pair.boxes[1].slot(2, np.float64, 512) == 0).all()
+    mine = np.full(512, 10.0)
+    pair.post(1, mine, to=-1)
+    pair.until(lambda: pair.ended(0, 1))
+    assert (mine == 5.0).all()
+    assert (pair.boxes[1].slot(2, np.float64, 512) == 2).all()
+
+
+def test_held_round_mixes_only_when_let(pair: Pair) -> None:
+    left, right = np.zeros(512), np.ones(512)
+    pair.post(0, left, held=True)
+    pair.post(1, right)
+    pair.until(lambda: pair.ended(1))
+    pair.settle(0)
+    assert (left == 0).all()
+    assert not pair.ended(0)
+    pair.engines[0].unhold(pair.boxes[0])
+    pair.until(pair.ended)
+    assert (left == 0.5).all()
+
+
+def test_credit_of_a_round_does_not_open_another(pair: Pair) -> None:
+    box = pair.boxes[0]
+    box.round = 2
+    box.credits[0] = 1
+    box.credits[1] = 4
+    array = np.ones(512)
+    pair.post(0, array)
+    pair.settle(0)
+    assert pair.word(0, w.PUT) == 0
+    box.credits[2] = 3
+    pair.until(lambda: pair.word(0, w.PUT) == pair.word(0, w.PARTS))
+
+
+def test_nothing_is_mixed_before_its_signal(pair: Pair) -> None:
+    array = np.zeros(512)
+    pair.post(1, array, to=-1)
+    pair.boxes[1].slot(0, np.float64, 512)[:] = 7.0  # the data is there, its signal is not
+    pair.settle(1)
+    assert (array == 0).all()
+    assert pair.word(1, w.MIXED) == 0
+
+
+def test_signal_of_another_round_or_epoch_is_not_taken(pair: Pair) -> None:
+    array = np.zeros(16)
+    pair.post(1, array, to=-1)
+    row = pair.engines[1].table[pair.boxes[1].index]
+    signals = jit.view_words(int(row[w.SIGNALS]), 1)
+    for word in (2, 3, (1 << 48) | 1):  # rounds 1 and 2, epoch 1 of round 0
+        signals[0] = word
+        pair.settle(1)
+        assert pair.word(1, w.MIXED) == 0
+    signals[0] = 0
+
+
+BAD_HEADERS = [
+    [-1, 0, 0, 0],
+    [1, 0, 0, 0],
+    [1 << 40, 0, 0, 0],
+    [0, -1, 0, 0],
+    [0, 0, 4, 0],
+    [0, 0, -1, 0],
+    [0, 0, 0, 1],
+    [0, 0, 0],
+    [],
+]
+
+
+@pytest.mark.parametrize("ident", [w.AM_DATA, w.AM_CREDIT, w.AM_BELL])
+@pytest.mark.parametrize("header", BAD_HEADERS, ids=str)
+def test_malformed_message_is_counted_and_dropped(
+    transport: str, ident: int, header: list[int]
+) -> None:
+    pair = make_pair(transport, 4096, 2)
+    words = np.array([*header, 0], np.int64)
+    payload = np.ones(8)
+    engine = pair.engines[0]
+    before = pair.boxes[1].region.bytes.copy()
+    request = ops.send(
+        engine.endpoints[1].handle,
+        ident,
+        words.ctypes.data,
+        8 * len(header),
+        payload.ctypes.data,
+        payload.nbytes,
+        int(engine.words[w.EAGER_PARAM]),
+    )
+    assert request >= 0
+    pair.until(lambda: pair.engines[1].words[w.MALFORMED] == 1)
+    np.testing.assert_array_equal(pair.boxes[1].region.bytes, before)
+    assert not pair.boxes[1].credits.any()
+    for each in pair.engines:
+        each.close()
+        each.context.close()
+
+
+def test_oversized_payload_is_dropped(transport: str) -> None:
+    pair = make_pair(transport, 16, 2)
+    header, payload = np.zeros(4, np.int64), np.ones(3)
+    engine = pair.engines[0]
+    ops.send(
+        engine.endpoints[1].handle,
+        w.AM_DATA,
+        header.ctypes.data,
+        w.HEADER_BYTES,
+        payload.ctypes.data,
+        payload.nbytes,
+        int(engine.words[w.EAGER_PARAM]),
+    )
+    pair.until(lambda: pair.engines[1].words[w.MALFORMED] == 1)
+    assert pair.boxes[1].intact()
+    for each in pair.engines:
+        each.close()
+        each.context.close()
+
+
+def test_bell_ahead_of_its_signal_keeps_the_target_awake(pair: Pair) -> None:
+    engine, target = pair.engines
+    header = np.array([0, 5, 0, 0], np.int64)
+    ops.send(
+        engine.endpoints[1].handle,
+        w.AM_BELL,
+        header.ctypes.data,
+        w.HEADER_BYTES,
+        0,
+        0,
+        int(engine.words[w.EAGER_PARAM]),
+    )
+    pair.until(lambda: target.words[w.UNSEEN] == 1)
+    from ucxgossip.engine.handlers import all_seen
+
+    assert not all_seen(target.words)
+    row = target.table[0]
+    signals = jit.view_words(int(row[w.SIGNALS]), 8)
+    signals[(5 % 2) * int(row[w.CHUNKS])] = 8  # a later round's word says that this one was seen
+    assert all_seen(target.words)
+    assert target.words[w.UNSEEN] == 0
+    signals[:] = 0
+
+
+def test_wait_says_whom_for_what(pair: Pair) -> None:
+    array = np.ones(512)
+    pair.post(0, array)
+    pair.settle(0)
+    assert not pair.engines[0].wait(pair.boxes[0], 0.05)
+    error = pair.engines[0].describe_wait(pair.boxes[0], 0.05)
+    assert error.rank == 1 and "put chunk 1 of 4" in error.what
+    pair.boxes[1].round = pair.boxes[0].round = 0
+    with pytest.raises(ExchangeError, match="still under way"):
+        pair.post(0, array)
+
+
+def test_engine_threads_move_rounds_by_themselves(pair: Pair) -> None:
+    for engine in pair.engines:
+        engine.start()
+    left, right = np.zeros(512), np.ones(512)
+    pair.post(0, left)
+    pair.post(1, right)
+    assert pair.engines[0].wait(pair.boxes[0], DEADLINE_S)
+    assert pair.engines[1].wait(pair.boxes[1], DEADLINE_S)
+    assert (left == 0.5).all() and (right == 0.5).all()
+
+
+def test_close_is_idempotent_and_final(transport: str) -> None:
+    context = Context(transport, {"NET_DEVICES": "lo"})
+    engine = Engine(context, 0, 1, TUNING)
+    engine.start()
+    engine.close()
+    engine.close()
+    with pytest.raises(ClosedError), engine.locked():
+        pass
+    context.close()
+    context.close()
+
+
+def test_too_many_mailboxes_is_a_named_error(transport: str) -> None:
+    context = Context(transport, {"NET_DEVICES": "lo"})
+    engine = Engine(context, 0, 1, TUNING, max_mailboxes=1)
+    layout = Layout(8, 1, 8)
+    engine.open(Mailbox(context, layout, 1))
+    second = Mailbox(context, layout, 1)
+    with pytest.raises(ArgumentError, match="more than 1"):
+        engine.open(second)
+    second.close()
+    engine.close()
+    context.close()
