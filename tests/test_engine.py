@@ -302,7 +302,7 @@ def test_bell_ahead_of_its_signal_keeps_the_target_awake(pair: Pair) -> None:
 def test_wait_says_whom_for_what(pair: Pair) -> None:
     array = np.ones(512)
     pair.post(0, array)
-    pair.settle(0)
+    pair.until(lambda: pair.word(0, w.SENT) == 4)
     assert not pair.engines[0].wait(pair.boxes[0], 0.05)
     error = pair.engines[0].describe_wait(pair.boxes[0], 0.05)
     assert error.rank == 1 and "put chunk 1 of 4" in error.what
