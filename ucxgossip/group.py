@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -441,8 +442,10 @@ class Group:
             return
         try:
             if self._failure is None:
-                # While everybody still drives, so that nobody's last put meets a closed door.
-                self.engine.flush(self.timeout)
+                # While everybody still drives, so that nobody's last put meets a closed door. A
+                # partner that is gone already has nothing to lose by it.
+                with suppress(UCXError):
+                    self.engine.flush(self.timeout)
                 self._meeting.leave(self.timeout)
         finally:
             self._closed = True

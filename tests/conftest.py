@@ -1,0 +1,107 @@
+"""What several test files share: a store in memory, ranks as threads, Python in a subprocess."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+DEADLINE = 60.0
+
+
+class MemoryStore:
+    """The methods of ``torch.distributed.Store`` that rendezvous uses, for ranks as threads."""
+
+    def __init__(self, get_timeout: float = DEADLINE) -> None:
+        self._values: dict[str, bytes] = {}
+        self._changed = threading.Condition()
+        self._get_timeout = timedelta(seconds=get_timeout)
+        self.calls: list[tuple[str, str]] = []
+
+    def set(self, key: str, value: str | bytes) -> None:
+        with self._changed:
+            self.calls.append(("set", key))
+            self._values[key] = value.encode() if isinstance(value, str) else bytes(value)
+            self._changed.notify_all()
+
+    def get(self, key: str) -> bytes:
+        self.wait([key], self._get_timeout)
+        return self._values[key]
+
+    def add(self, key: str, amount: int) -> int:
+        with self._changed:
+            self.calls.append(("add", key))
+            value = int(self._values.get(key, b"0")) + amount
+            self._values[key] = str(value).encode()
+            self._changed.notify_all()
+            return value
+
+    def check(self, keys: list[str]) -> bool:
+        with self._changed:
+            return all(key in self._values for key in keys)
+
+    def wait(self, keys: list[str], timeout: timedelta) -> None:
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.check(keys), timeout.total_seconds()):
+                raise TimeoutError(f"wait timeout after {timeout}, keys: {', '.join(keys)}")
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore()
+
+
+@pytest.fixture
+def as_ranks() -> Callable[..., list[Any]]:
+    """Run ``function(rank)`` in a thread a rank; what each returned, or the exception it raised."""
+
+    def run(
+        size: int, function: Callable[[int], Any], deadline: float = DEADLINE
+    ) -> list[Any]:
+        ends: list[Any] = [None] * size
+
+        def body(rank: int) -> None:
+            try:
+                ends[rank] = function(rank)
+            except Exception as error:
+                ends[rank] = error
+
+        threads = [threading.Thread(target=body, args=(r,), daemon=True) for r in range(size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(deadline)
+        hung = [rank for rank, thread in enumerate(threads) if thread.is_alive()]
+        assert not hung, f"ranks {hung} did not end within {deadline} s"
+        return ends
+
+    return run
+
+
+@pytest.fixture
+def python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `code` in a fresh interpreter; no UCX variable of this process reaches it.
+
+    variables: added to the environment. The process is killed at the deadline.
+    """
+
+    def run(
+        code: str, variables: dict[str, str] | None = None, deadline: float = DEADLINE
+    ) -> subprocess.CompletedProcess[str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("UCX")}
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            env=kept | (variables or {}),
+            timeout=deadline,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run

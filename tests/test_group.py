@@ -1,0 +1,293 @@
+"""Groups whose ranks are threads of this process: rounds by schedule, named errors, deadlines."""
+
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ucxgossip as ug
+from ucxgossip import errors
+from ucxgossip.group import Buffer
+from ucxgossip.mixing import PIECE, Collective
+from ucxgossip.schedule import Dissemination, Rotated
+
+Ranks = Callable[..., list[Any]]
+TIMEOUT = 30.0
+
+
+@pytest.fixture(params=["tcp", "shm"])
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def job(as_ranks: Ranks, store: Any) -> Callable[..., list[Any]]:
+    """Run ``body(group)`` on `size` ranks joined over a store in memory; results, or raises."""
+
+    def run(
+        size: int, body: Callable[[ug.Group], Any], transport: str, timeout: float = TIMEOUT
+    ) -> list[Any]:
+        def rank(number: int) -> Any:
+            with ug.join(number, size, store, transport, timeout) as group:
+                return body(group)
+
+        return as_ranks(size, rank)
+
+    return run
+
+
+def check(results: list[Any]) -> list[Any]:
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("count", [2, 3000])
+def test_exchange_follows_the_schedule(
+    job: Callable[..., list[Any]], transport: str, size: int, count: int
+) -> None:
+    schedule = Rotated(Dissemination(size), seed=3)
+    steps = 3 * schedule.period + 1
+    start = np.random.default_rng(0).standard_normal((size, count))
+
+    def body(group: ug.Group) -> np.ndarray:
+        array = start[group.rank].copy()
+        for _ in range(steps):
+            assert group.exchange(array, schedule=Rotated(Dissemination(size), seed=3)) is array
+        return array
+
+    expected = start.copy()
+    for step in range(steps):
+        if size > 1:
+            senders = [schedule.round(rank, step).sender for rank in range(size)]
+            expected = expected + 0.5 * (expected[senders] - expected)
+    for rank, array in enumerate(check(job(size, body, transport))):
+        np.testing.assert_array_equal(array, expected[rank])
+
+
+def test_exchange_without_mixing_returns_what_came(
+    job: Callable[..., list[Any]], transport: str
+) -> None:
+    def body(group: ug.Group) -> tuple[np.ndarray, np.ndarray]:
+        array = np.full(100, group.rank, np.int32)
+        return array, group.exchange(array, mix=False, schedule=Dissemination(3))
+
+    for rank, (array, received) in enumerate(check(job(3, body, transport))):
+        assert (array == rank).all()
+        assert (received == (rank - 1) % 3).all()
+
+
+def test_several_sizes_by_mailboxes_of_their_own(
+    job: Callable[..., list[Any]], transport: str
+) -> None:
+    def body(group: ug.Group) -> list[float]:
+        sizes = (8, 40000, 3_000_000)
+        boxes = {nbytes: group.mailbox(nbytes) for nbytes in sizes}
+        means = []
+        for nbytes in sizes * 3:
+            array = np.full(nbytes // 8, float(group.rank))
+            group.exchange(array, mailbox=boxes[nbytes])
+            assert (array == array[0]).all()
+            means.append(float(array[0]))
+        return means
+
+    assert check(job(2, body, transport)) == [[0.5] * 9, [0.5] * 9]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 6, 8])
+def test_collectives_are_exact(job: Callable[..., list[Any]], transport: str, size: int) -> None:
+    count = PIECE // 8 + 1001  # more than one piece
+    values = np.random.default_rng(1).standard_normal((size, count))
+
+    def body(group: ug.Group) -> tuple[np.ndarray, np.ndarray, float]:
+        collective = Collective(group)
+        mean, sent = values[group.rank].copy(), values[group.rank].copy()
+        collective.average(mean)
+        collective.broadcast(sent, root=size - 1)
+        return mean, sent, collective.consensus_distance([values[group.rank]])
+
+    center = values.mean(axis=0)
+    apart = np.sqrt(((values - center) ** 2).sum(axis=1).mean()) / np.linalg.norm(center)
+    for mean, sent, distance in check(job(size, body, transport)):
+        np.testing.assert_allclose(mean, center, rtol=0, atol=1e-12)
+        np.testing.assert_array_equal(sent, values[size - 1])
+        assert distance == pytest.approx(apart, rel=1e-9)
+
+
+def test_two_groups_on_one_store(as_ranks: Ranks, store: Any) -> None:
+    def rank(number: int) -> list[float]:
+        seen = []
+        for value in (1.0, 2.0):
+            with ug.join(number, 2, store, "tcp", TIMEOUT) as group:
+                array = np.full(4, value * number)
+                group.exchange(array)
+                seen.append(float(array[0]))
+        return seen
+
+    assert check(as_ranks(2, rank)) == [[0.5, 1.0], [0.5, 1.0]]
+
+
+BAD_ARRAYS: list[tuple[Any, str]] = [
+    (np.zeros((2, 2), np.float32), "1-D"),
+    (np.zeros(8, np.float32)[::2], "contiguous"),
+    (np.zeros(4, np.int64), "int64"),
+    (np.zeros(4, np.float16), "float16"),
+    (np.zeros(0, np.float32), "empty"),
+    ([1.0, 2.0], "NumPy array"),
+    (np.broadcast_to(np.float32(1), (1,)), "read-only"),
+]
+
+
+@pytest.mark.parametrize(("array", "word"), BAD_ARRAYS, ids=lambda each: str(each)[:20])
+def test_bad_array_is_refused(store: Any, array: Any, word: str) -> None:
+    with ug.join(0, 1, store) as group, pytest.raises(errors.ArrayError, match=word):
+        group.exchange(array)
+
+
+def test_torch_tensor_is_refused_with_advice(store: Any) -> None:
+    torch = pytest.importorskip("torch")
+    with ug.join(0, 1, store) as group, pytest.raises(errors.ArrayError, match="tensor.numpy"):
+        group.exchange(torch.zeros(4))
+
+
+def test_size_and_dtype_may_not_change_between_rounds(store: Any) -> None:
+    with ug.join(0, 1, store) as group:
+        group.exchange(np.zeros(4, np.float32))
+        with pytest.raises(errors.ArrayError, match="sizes may not change"):
+            group.exchange(np.zeros(5, np.float32))
+        with pytest.raises(errors.ArrayError, match="dtypes may not change"):
+            group.exchange(np.zeros(2, np.float64))
+        group.exchange(np.zeros(4, np.float32))
+
+
+@pytest.mark.parametrize("schedule", [Dissemination(3), "ring", None.__class__])
+def test_schedule_must_fit(store: Any, schedule: Any) -> None:
+    with ug.join(0, 1, store) as group, pytest.raises(errors.ScheduleError):
+        group.exchange(np.zeros(4), schedule=schedule)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ({"transport": "carrier-pigeon"}, "unknown transport"),
+        ({"timeout": 0.0}, "timeout"),
+        ({"timeout": float("nan")}, "timeout"),
+        ({"rank": 2, "size": 2}, "does not fit"),
+        ({"rank": 0, "size": 0}, "world size"),
+        ({"settings": {"TLS": "no-such-transport"}}, "UCX|transport"),
+    ],
+)
+def test_bad_join(arguments: dict[str, Any], word: str) -> None:
+    with pytest.raises((errors.ArgumentError, errors.UCXError), match=word):
+        ug.join(**{"rank": 0, "size": 1, **arguments})
+
+
+@pytest.mark.parametrize("nbytes", [0, -8, 2.5, True, "8"])
+def test_bad_mailbox(store: Any, nbytes: Any) -> None:
+    with ug.join(0, 1, store) as group, pytest.raises(errors.ArgumentError):
+        group.mailbox(nbytes)
+
+
+def test_world_size_mismatch_is_one_message_for_all(as_ranks: Ranks, store: Any) -> None:
+    results = as_ranks(2, lambda rank: ug.join(rank, 2 + rank, store, "tcp", TIMEOUT))
+    assert all(isinstance(result, errors.MismatchError) for result in results), results
+    assert str(results[0]) == str(results[1])
+    assert "world size" in str(results[0])
+
+
+def test_array_mismatch_is_one_message_for_all(job: Callable[..., list[Any]]) -> None:
+    results = job(3, lambda group: group.exchange(np.zeros(4 + group.rank // 2)), "tcp")
+    assert all(isinstance(result, errors.MismatchError) for result in results), results
+    assert len(set(map(str, results))) == 1
+    assert "bytes: rank 0 has 32, rank 2 has 40" in str(results[0])
+
+
+def test_missing_rank_is_named(store: Any) -> None:
+    with pytest.raises(errors.RankMissingError, match=r"waited \d.* s for rank 1 ") as caught:
+        ug.join(0, 2, store, "tcp", timeout=0.3)
+    assert caught.value.ranks == (1,)
+
+
+def test_silent_partner_is_named_and_group_stays_broken(as_ranks: Ranks, store: Any) -> None:
+    done = threading.Event()
+
+    def rank(number: int) -> None:
+        group = ug.join(number, 2, store, "tcp", TIMEOUT)
+        try:
+            array = np.zeros(4)
+            group.exchange(array)
+            if number == 1:
+                assert done.wait(TIMEOUT)
+                return
+            group.timeout = 0.3
+            with pytest.raises(errors.ExchangeTimeoutError, match="rank 0 waited .* for rank 1"):
+                group.exchange(array)
+            with pytest.raises(errors.ExchangeError, match="failed before"):
+                group.exchange(array)
+        finally:
+            done.set()
+            group.close()
+
+    check(as_ranks(2, rank))
+
+
+def test_error_on_one_rank_reaches_the_others(as_ranks: Ranks, store: Any) -> None:
+    def rank(number: int) -> None:
+        with ug.join(number, 3, store, "tcp", TIMEOUT) as group:
+            array = np.zeros(4)
+            group.exchange(array)
+            if number == 2:
+                raise ZeroDivisionError("on purpose")
+            for _ in range(1000):
+                group.exchange(array)
+
+    results = as_ranks(3, rank)
+    assert isinstance(results[2], ZeroDivisionError)
+    for result in results[:2]:
+        assert isinstance(result, errors.PeerError), result
+        assert result.rank in (0, 1, 2)
+        assert "ZeroDivisionError: on purpose" in str(result) or "rank 2" in str(result)
+
+
+def test_use_after_close(store: Any) -> None:
+    group = ug.join(0, 1, store)
+    box = group.mailbox(64)
+    group.close()
+    group.close()
+    buffer = Buffer.of(np.zeros(8))
+    for use in (
+        lambda: group.exchange(np.zeros(4)),
+        lambda: group.mailbox(8),
+        lambda: group.allocate(8),
+        lambda: group.wait(box),
+        lambda: group.agree("x", {}),
+        lambda: group.post(box, buffer, buffer, ug.Round(None, None)),
+    ):
+        with pytest.raises(errors.ClosedError):
+            use()
+    group.abort("nothing")
+
+
+def test_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(listener.getsockname()[1]))
+        with pytest.raises(errors.PortInUseError, match="MASTER_PORT"):
+            ug.join(rank=0, size=2, timeout=5.0)
+
+
+def test_memory_from_allocate_outlives_the_group(store: Any) -> None:
+    with ExitStack() as stack:
+        group = stack.enter_context(ug.join(0, 1, store))
+        view = group.allocate(1 << 20).view(np.float64, 1 << 17)
+        assert view.ctypes.data % 4096 == 0
+    view += 1.0
+    assert (view == 1.0).all()
