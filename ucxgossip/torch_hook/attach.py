@@ -224,7 +224,8 @@ class Gossip:
             if bucket.posted:
                 continue
             for index, received in enumerate(bucket.received):
-                if not received and not bucket.take_in(index):
+                if not received:
+                    bucket.take_in(index)
                     unused.append((bucket, index))
             self._post_gradients(bucket)
         for bucket in self._buckets:

@@ -144,8 +144,8 @@ class Bucket:
             self.waiting -= 1
         return self.waiting == 0
 
-    def take_in(self, index: int) -> bool:
-        """Make the gradient of parameter `index` live in the bucket; whether there was one.
+    def take_in(self, index: int) -> None:
+        """Make the gradient of parameter `index` live in the bucket; zeros where there is none.
 
         A gradient that autograd put elsewhere (after ``model.zero_grad()``, say) is copied.
         """
@@ -154,12 +154,9 @@ class Bucket:
         gradient = parameter.grad
         if gradient is None:
             view.zero_()
-            parameter.grad = view
-            return False
-        if gradient.data_ptr() != view.data_ptr() or gradient.shape != view.shape:
+        elif gradient.data_ptr() != view.data_ptr():
             view.copy_(gradient)
-            parameter.grad = view
-        return True
+        parameter.grad = view
 
     def close(self) -> None:
         """Free the flat memory; `release` comes before."""
