@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def environment(ucx_version: str | None, ucx_library: str | None) -> dict[str, o
     in bytes, `cores` counts those this process may run on, the date is UTC in ISO 8601.
     """
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "numpy": _version("numpy"),
         "numba": _version("numba"),

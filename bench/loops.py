@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from ucxgossip import jit
 from ucxgossip.ucp import ops
 
@@ -74,12 +72,12 @@ def _finish(worker: int, request: int, deadline_ns: int) -> int:
     """Progress until a request is done; its status, or `TIMED_OUT`."""
     if request <= 0:
         return request
-    status = np.int64(ops.check(request))
+    status = ops.check(request)
     while status == _IN_PROGRESS:
         ops.progress(worker)
-        status = np.int64(ops.check(request))
+        status = ops.check(request)
         if status == _IN_PROGRESS and jit.now_ns() > deadline_ns:
-            status = np.int64(TIMED_OUT)
+            status = TIMED_OUT
     ops.free(request)
     return status
 

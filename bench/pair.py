@@ -21,7 +21,7 @@ from ucxgossip import jit, ucp
 from ucxgossip.bench import loops
 from ucxgossip.bench.spawn import ended
 from ucxgossip.errors import BenchError
-from ucxgossip.ucp import lib
+from ucxgossip.ucp import lib, ops
 
 _FLAG_ROOM = 64
 WINDOW = 32
@@ -101,7 +101,7 @@ class Side:
         """Put `value` into the other side's flag."""
         self.source.bytes[self.nbytes] = value
         param = self.source.param_address
-        put = loops.ops.put(
+        put = ops.put(
             self.endpoint.handle,
             self.source.address + self.nbytes,
             1,
@@ -193,7 +193,7 @@ class Pair:
     def completes_alone(self, nbytes: int, seconds: float = 0.3) -> bool:
         """Whether a put becomes visible while the target calls no progress."""
         side = self.side
-        put = loops.ops.put(
+        put = ops.put(
             side.endpoint.handle,
             side.source.address,
             nbytes,
@@ -202,14 +202,14 @@ class Pair:
             side.source.param_address,
         )
         if put > 0:
-            loops.ops.free(put)
+            ops.free(put)
         lib.check(min(put, 0), "ucp_put_nbx")
-        flush = loops.ops.flush(side.endpoint.handle, side.source.param_address)
+        flush = ops.flush(side.endpoint.handle, side.source.param_address)
         deadline = time.monotonic() + seconds
         alone = flush == 0
         while not alone and time.monotonic() < deadline:
             side.worker.progress()
-            alone = loops.ops.check(flush) != 1
+            alone = ops.check(flush) != 1
         self._flag = self._flag % 255 + 1
         self._tell({"do": "serve", "value": self._flag})
         if flush > 0:

@@ -28,7 +28,11 @@ COLUMNS = (
 
 
 def run(
-    transport: str, sizes: Sequence[int], against: str | None, repeats: int = 5, seconds: float = 0.3
+    transport: str,
+    sizes: Sequence[int],
+    against: str | None,
+    repeats: int = 5,
+    seconds: float = 0.3,
 ) -> tuple[dict[str, object], list[dict[str, Any]]]:
     """Measure, print the table as it grows, return (environment, rows).
 

@@ -15,8 +15,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from ucxgossip import jit
@@ -26,7 +24,7 @@ BLOCK = 8192
 """Elements whose squares are summed in the arrays' precision before going to float64."""
 
 
-@intrinsic
+@jit.intrinsic
 def _loose_add(typingctx: Any, left: Any, right: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.fadd(args[0], args[1], flags=("reassoc",))
@@ -81,9 +79,7 @@ def mix_(dst: NDArray[Any], src: NDArray[Any], alpha: float) -> float:
         if array.dtype not in (np.float32, np.float64):
             raise ArrayError(f"mix_: {name} is {array.dtype}; float32 and float64 are served")
     if dst.shape != src.shape or dst.dtype != src.dtype:
-        raise ArrayError(
-            f"mix_: dst is {dst.dtype}{dst.shape} but src is {src.dtype}{src.shape}"
-        )
+        raise ArrayError(f"mix_: dst is {dst.dtype}{dst.shape} but src is {src.dtype}{src.shape}")
     if np.may_share_memory(dst, src):
         raise ArrayError("mix_: dst and src overlap")
     return float(mix(dst, src, dst.dtype.type(alpha)))

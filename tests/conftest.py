@@ -61,9 +61,7 @@ def store() -> MemoryStore:
 def as_ranks() -> Callable[..., list[Any]]:
     """Run ``function(rank)`` in a thread a rank; what each returned, or the exception it raised."""
 
-    def run(
-        size: int, function: Callable[[int], Any], deadline: float = DEADLINE
-    ) -> list[Any]:
+    def run(size: int, function: Callable[[int], Any], deadline: float = DEADLINE) -> list[Any]:
         ends: list[Any] = [None] * size
 
         def body(rank: int) -> None:

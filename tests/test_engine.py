@@ -116,7 +116,14 @@ def canaries_alive(raw: np.ndarray) -> bool:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(
     ("pair", "nbytes"),
-    [((8, 2), 8), ((64, 2), 64), ((72, 2), 72), ((1024, 1), 1024), ((5000, 2), 5000), ((8192, 3), 8)],
+    [
+        ((8, 2), 8),
+        ((64, 2), 64),
+        ((72, 2), 72),
+        ((1024, 1), 1024),
+        ((5000, 2), 5000),
+        ((8192, 3), 8),
+    ],
     indirect=["pair"],
 )
 def test_rounds_average_in_place(pair: Pair, nbytes: int, dtype: type) -> None:

@@ -13,7 +13,15 @@ REPOSITORY = Path(__file__).parents[1]
 FLOORS = {
     0: ("errors", "schedule", "jit", "kernels.*"),
     1: ("ucp.abi", "ucp.lib", "rendezvous"),
-    2: ("ucp", "ucp.ops", "ucp.context", "ucp.worker", "ucp.endpoint", "ucp.memory", "ucp.resource"),
+    2: (
+        "ucp",
+        "ucp.ops",
+        "ucp.context",
+        "ucp.worker",
+        "ucp.endpoint",
+        "ucp.memory",
+        "ucp.resource",
+    ),
     3: ("mailbox",),
     4: ("engine.*",),
     5: ("group",),

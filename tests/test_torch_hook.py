@@ -1,4 +1,4 @@
-"""`attach` on ranks that are threads: exact against a plain torch reference, and torch's corners."""
+"""`attach` on ranks that are threads: equal to a plain torch reference, and torch's corners."""
 
 import copy
 from collections.abc import Callable
@@ -361,7 +361,10 @@ def test_detach_leaves_the_model_as_found(job: Callable[..., list[Any]]) -> None
         values = copy.deepcopy(model.state_dict())
         assert hooks_of(model) == 0
         assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
-        assert (set(vars(optimizer)), {n: set(vars(p)) for n, p in model.named_parameters()}) == keys
+        assert (
+            set(vars(optimizer)),
+            {n: set(vars(p)) for n, p in model.named_parameters()},
+        ) == keys
         for bucket in gossip._buckets:
             bucket.weights.tensor.zero_()  # the model must not live there any more
         for name, value in model.state_dict().items():
@@ -405,7 +408,12 @@ def test_model_outlives_its_group(store: Any) -> None:
 def bad_models() -> list[tuple[str, Callable[[], nn.Module], type[Exception], str]]:
     return [
         ("none", lambda: nn.ReLU(), errors.ModelError, "no parameter"),
-        ("frozen", lambda: nn.Linear(2, 2).requires_grad_(False), errors.ModelError, "no parameter"),
+        (
+            "frozen",
+            lambda: nn.Linear(2, 2).requires_grad_(False),
+            errors.ModelError,
+            "no parameter",
+        ),
         ("half", lambda: nn.Linear(2, 2).half(), errors.ArrayError, "float16"),
         ("meta", lambda: nn.Linear(2, 2, device="meta"), errors.ArrayError, "on meta"),
         (

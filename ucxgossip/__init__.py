@@ -20,7 +20,7 @@ from ucxgossip.schedule import (
 )
 
 if TYPE_CHECKING:
-    from ucxgossip.torch_hook import Gossip, attach
+    from ucxgossip.torch_hook.attach import Gossip, attach
 
 __version__ = "0.1.0"
 

@@ -36,9 +36,7 @@ def _bench_exchange(options: argparse.Namespace) -> Result:
     except ValueError:
         raise ArgumentError(f"--ranks {options.ranks!r}: write numbers such as 2,4,8") from None
     sizes = parse_sizes(options.sizes)
-    return exchange.run(
-        options.transport, ranks, sizes, peers, options.repeats, options.seconds
-    )
+    return exchange.run(options.transport, ranks, sizes, peers, options.repeats, options.seconds)
 
 
 def parser() -> argparse.ArgumentParser:

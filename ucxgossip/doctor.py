@@ -52,9 +52,7 @@ def run(transport: str) -> tuple[dict[str, object], list[dict[str, Any]]]:
     table.header("ucxgossip doctor: puts between two processes of this machine", facts)
     rows: list[dict[str, Any]] = found["rows"]
     for row in rows:
-        table.row(
-            row | {"emulated": {True: "yes", False: "no", None: None}[row["emulated"]]}
-        )
+        table.row(row | {"emulated": {True: "yes", False: "no", None: None}[row["emulated"]]})
     for advice in advise(facts, rows):
         print(f"# {advice}")
     return facts, rows
@@ -88,8 +86,7 @@ def _probe(transport: str) -> dict[str, Any]:
             [sys.executable, "-m", "ucxgossip.doctor", transport],
             env={**os.environ, "UCX_LOG_FILE": str(log)},
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             timeout=_PROBE_S,
             check=False,
         )
@@ -100,17 +97,15 @@ def _probe(transport: str) -> dict[str, Any]:
         text = log.read_text(errors="replace") if log.exists() else ""
     protocols = parse_protocols(text)
     for row in found["rows"]:
-        name = next(
-            (each[2] for each in protocols if each[0] <= row["bytes"] <= each[1]), None
-        )
+        name = next((each[2] for each in protocols if each[0] <= row["bytes"] <= each[1]), None)
         row["protocol"] = name
         row["emulated"] = None if name is None else "software emulation" in name
     return found
 
 
-def parse_protocols(text: str) -> list[tuple[int, float, str]]:
+def parse_protocols(text: str) -> list[tuple[float, float, str]]:
     """(first byte, last byte, protocol) of puts, out of UCX's PROTO_INFO tables (UCX 1.14 on)."""
-    found: list[tuple[int, float, str]] = []
+    found: list[tuple[float, float, str]] = []
     inside = False
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split("|")[1:-1]]

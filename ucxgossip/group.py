@@ -163,9 +163,7 @@ class Group:
         self._exchange_dtype: np.dtype[Any] | None = None
         self._default_schedule = Rotated(Dissemination(self.size), seed=0)
         self._checked_schedule: Schedule = self._default_schedule
-        self.engine = Engine(
-            context, self.rank, self.size, tuning, ring=context.transport != "tcp"
-        )
+        self.engine = Engine(context, self.rank, self.size, tuning, ring=context.transport != "tcp")
         try:
             meeting.publish("worker", self.engine.worker.address)
             meeting.agree(

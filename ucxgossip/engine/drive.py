@@ -15,8 +15,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from ucxgossip import jit
 from ucxgossip.engine import words as w
 from ucxgossip.engine.handlers import all_seen, mailbox_floats, mailbox_words
@@ -72,7 +70,7 @@ def drive_once(engine: Any) -> int:
 
     The caller holds the lock.
     """
-    moved = np.int64(ops.progress(engine[w.WORKER]))
+    moved = ops.progress(engine[w.WORKER])
     for index in range(engine[w.MAILBOXES]):
         mailbox = mailbox_words(engine, index)
         if jit.load_acquire(mailbox, w.STATE) == w.ACTIVE:
@@ -85,10 +83,10 @@ def _may_sleep(engine: Any, idle: int) -> bool:
     """After `idle` passes in which nothing moved: spin, yield, or (True) sleep on the worker."""
     if idle <= engine[w.SPINS]:
         return False
-    if idle > engine[w.SPINS] + engine[w.YIELDS] and all_seen(engine):
-        if ops.arm(engine[w.WORKER]) == 0:
-            engine[w.SLEEPS] += 1
-            return True
+    tired = idle > engine[w.SPINS] + engine[w.YIELDS]
+    if tired and all_seen(engine) and ops.arm(engine[w.WORKER]) == 0:
+        engine[w.SLEEPS] += 1
+        return True
     jit.yield_cpu()
     return False
 
@@ -168,8 +166,7 @@ def run(engine: Any) -> None:
         if jit.load_acquire(engine, w.DRIVERS) == 0:
             _serve(engine)
         while jit.load_acquire(engine, w.STOP) == 0 and (
-            jit.load_acquire(engine, w.DRIVERS) > 0
-            or jit.load_acquire(engine, w.DRIVES) != drives
+            jit.load_acquire(engine, w.DRIVERS) > 0 or jit.load_acquire(engine, w.DRIVES) != drives
         ):
             drives = jit.load_acquire(engine, w.DRIVES)
             if jit.wait_readable(-1, engine[w.ENGINE_FD], _PARK_MS) & 2:

@@ -57,7 +57,7 @@ def _header(address: int, header: int, header_bytes: int) -> Any:
 @jit.njit
 def signal_index(mailbox: Any, number: int, chunk: int) -> int:
     """Where the signal word of (round, chunk) stands among the mailbox's signal words."""
-    return (number % mailbox[w.DEPTH]) * mailbox[w.CHUNKS] + chunk
+    return (number % mailbox[w.DEPTH]) * mailbox[w.CHUNKS] + chunk  # type: ignore[no-any-return]
 
 
 @jit.njit
@@ -71,7 +71,7 @@ def arrived(engine: Any, mailbox: Any, number: int, chunk: int) -> bool:
     """Whether chunk `chunk` of round `number` is in its slot."""
     expected = (engine[w.EPOCH] << 48) | (number + 1)
     index = signal_index(mailbox, number, chunk)
-    return jit.load_acquire(signal_words(mailbox), index) == expected
+    return jit.load_acquire(signal_words(mailbox), index) == expected  # type: ignore[no-any-return]
 
 
 @jit.njit
@@ -79,7 +79,7 @@ def seen(engine: Any, mailbox: Any, number: int, chunk: int) -> bool:
     """Whether the signal of a bell has become visible, be it overwritten by a later round's."""
     expected = (engine[w.EPOCH] << 48) | (number + 1)
     index = signal_index(mailbox, number, chunk)
-    return jit.load_acquire(signal_words(mailbox), index) >= expected
+    return jit.load_acquire(signal_words(mailbox), index) >= expected  # type: ignore[no-any-return]
 
 
 @jit.njit

@@ -138,7 +138,7 @@ def _put_signalled(engine: Any, mailbox: Any, part: int, offset: int, nbytes: in
     )
     if request < 0:
         return request
-    status = np.int64(ops.fence(engine[w.WORKER]))
+    status = ops.fence(engine[w.WORKER])
     if status < 0:
         return status
     index = signal_index(mailbox, number, part)
@@ -167,9 +167,7 @@ def _put_next(engine: Any, mailbox: Any) -> int:
     if _peer(engine, mailbox, mailbox[w.TO])[2] != 0:
         request = _store_signalled(engine, mailbox, part, offset, nbytes)
     elif mailbox[w.NBYTES] <= engine[w.EAGER]:
-        request = _send(
-            engine, mailbox, mailbox[w.TO], w.AM_DATA, mailbox[w.ROUND], 0, nbytes
-        )
+        request = _send(engine, mailbox, mailbox[w.TO], w.AM_DATA, mailbox[w.ROUND], 0, nbytes)
     else:
         request = _put_signalled(engine, mailbox, part, offset, nbytes)
     if request < 0:
@@ -188,7 +186,7 @@ def _reap(mailbox: Any) -> int:
     while mailbox[w.SENT] < mailbox[w.PUT]:
         request = requests[mailbox[w.SENT] % mailbox[w.WINDOW]]
         if request > 0:
-            status = np.int64(ops.check(request))
+            status = ops.check(request)
             if status == _IN_PROGRESS:
                 break
             ops.free(request)

@@ -166,7 +166,8 @@ class Gossip:
                 setattr(parameter, _MARK, True)
                 if self._gradients_travel:
                     hook = functools.partial(self._on_gradient, bucket, index)
-                    keep(parameter.register_post_accumulate_grad_hook(hook))
+                    register: Any = parameter.register_post_accumulate_grad_hook
+                    keep(register(hook))
         keep(self.optimizer.register_step_pre_hook(self._before_step))
         keep(self.optimizer.register_step_post_hook(self._after_step))
         if self._gradients_travel:
@@ -179,7 +180,8 @@ class Gossip:
                 self._needs[module] = list(dict.fromkeys(own))
                 if own or module is self.model:
                     keep(module.register_forward_pre_hook(self._before_forward))
-            keep(self.model.register_state_dict_pre_hook(self._before_state_dict))
+            register_state_dict: Any = self.model.register_state_dict_pre_hook
+            keep(register_state_dict(self._before_state_dict))
 
     # --- gradients, under backward -------------------------------------------------------------
 
@@ -458,5 +460,3 @@ def _set_bytes(tensor: torch.Tensor, blob: NDArray[np.uint8]) -> None:
     flat = torch.from_numpy(blob.copy()).view(tensor.dtype)
     with torch.no_grad():
         tensor.copy_(flat.view(tensor.shape))
-
-

@@ -11,6 +11,7 @@ DDP's ``bucket.buffer()`` (DDP rebuilds its buckets after the first iteration).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,10 @@ from ucxgossip.ucp.memory import MemoryRegion
 ALIGNMENT = 64
 """Bytes to which each tensor is aligned in its bucket."""
 
-DTYPES = {torch.float32: np.dtype(np.float32), torch.float64: np.dtype(np.float64)}
+DTYPES: dict[torch.dtype, np.dtype[Any]] = {
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+}
 
 
 def dense(tensor: torch.Tensor) -> bool:

@@ -68,9 +68,7 @@ class Context(Resource):
 
     def _choose(self, transport: str, settings: Mapping[str, str]) -> dict[str, str]:
         chosen = {
-            name: value
-            for name, (value, since) in COMMON.items()
-            if self.library.version >= since
+            name: value for name, (value, since) in COMMON.items() if self.library.version >= since
         }
         chosen |= TRANSPORTS[transport]
         return chosen | {name.removeprefix("UCX_"): value for name, value in settings.items()}
@@ -79,9 +77,7 @@ class Context(Resource):
         if f"UCX_{name}" in os.environ:
             self.settings[name] = os.environ[f"UCX_{name}"]
             return
-        status = self.library.functions["ucp_config_modify"](
-            config, name.encode(), value.encode()
-        )
+        status = self.library.functions["ucp_config_modify"](config, name.encode(), value.encode())
         if status != abi.Status.OK:
             raise ArgumentError(
                 f"UCX {'.'.join(map(str, self.library.version))} does not take {name}={value!r}: "

@@ -19,8 +19,8 @@ class MemoryRegion(Resource):
     """``ucp_mem_h``: `nbytes` allocated by UCX, or an existing array registered.
 
     Memory that others reach over shared memory must be allocated by UCX. Allocated memory is
-    zeroed, and views of its `bytes` must not outlive the region. `param` is the ``ucp_request_param_t``
-    of puts out of this region.
+    zeroed, and views of its `bytes` must not outlive the region. `param` is the
+    ``ucp_request_param_t`` of puts out of this region.
     """
 
     def __init__(
@@ -41,9 +41,7 @@ class MemoryRegion(Resource):
             params.flags = abi.MEM_MAP_ALLOCATE
         self.library = context.library
         handle = ctypes.c_void_p()
-        self.library(
-            "ucp_mem_map", context.handle, ctypes.byref(params), ctypes.byref(handle)
-        )
+        self.library("ucp_mem_map", context.handle, ctypes.byref(params), ctypes.byref(handle))
         super().__init__(handle.value or 0, context)
         self.context = context
         attr = abi.MemAttr(field_mask=abi.MemAttrField.ADDRESS | abi.MemAttrField.LENGTH)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from numba import types
 
 from ucxgossip import jit
@@ -68,9 +69,7 @@ def send(
     ep: int, ident: int, header: int, header_bytes: int, data: int, nbytes: int, param: int
 ) -> int:
     """``ucp_am_send_nbx``: an active message `ident` with a header and a payload."""
-    return signed(
-        _call("ucp_am_send_nbx", ep, ident, header, header_bytes, data, nbytes, param)
-    )
+    return signed(_call("ucp_am_send_nbx", ep, ident, header, header_bytes, data, nbytes, param))
 
 
 def check(request: int) -> int:
@@ -87,17 +86,17 @@ jit.compiled_as(
     put,
     lambda ep, source, nbytes, remote, rkey, param: _put(ep, source, nbytes, remote, rkey, param),
 )
-jit.compiled_as(fence, lambda worker: _fence(worker))
+jit.compiled_as(fence, lambda worker: np.int64(_fence(worker)))
 jit.compiled_as(flush, lambda ep, param: _flush(ep, param))
-jit.compiled_as(progress, lambda worker: _progress(worker))
-jit.compiled_as(arm, lambda worker: _arm(worker))
+jit.compiled_as(progress, lambda worker: np.int64(_progress(worker)))
+jit.compiled_as(arm, lambda worker: np.int64(_arm(worker)))
 jit.compiled_as(
     send,
     lambda ep, ident, header, header_bytes, data, nbytes, param: _send(
         ep, ident, header, header_bytes, data, nbytes, param
     ),
 )
-jit.compiled_as(check, lambda request: _check(request))
+jit.compiled_as(check, lambda request: np.int64(_check(request)))
 jit.compiled_as(free, lambda request: _free(request))
 
 
