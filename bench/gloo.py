@@ -15,6 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+# Unused, but needed before init_process_group: its functions keep the process group of the time
+# of their import, and with it gloo's threads past destroy_process_group; the process then aborts.
+import torch.distributed.nn
+
 from ucxgossip.errors import ArgumentError
 
 if TYPE_CHECKING:

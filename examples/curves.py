@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,15 +58,17 @@ def _lower_limit(curves: Curves) -> float:
 
 
 def _consensus(axes: Axes, curves: Curves) -> None:
-    identical, lowest = [], []
+    identical: list[str] = []
+    positive: list[float] = []
     for method, curve in curves.items():
-        if any(curve["consensus"]):
-            axes.semilogy(curve["epoch"], curve["consensus"], color=COLOURS[method])
-            lowest.append(min(d for d in curve["consensus"] if d > 0))
+        distances = [math.nan if d is None else d for d in curve["consensus"]]
+        if any(distances):
+            axes.semilogy(curve["epoch"], distances, color=COLOURS[method])
+            positive.extend(d for d in distances if d > 0)
         else:
             identical.append(LABELS[method])
-    if lowest:
-        axes.set_ylim(bottom=min(lowest) / 10)  # room for the note below the curves
+    if positive:
+        axes.set_ylim(bottom=min(positive) / 10)  # room for the note below the curves
     if identical:
         note = f"{' and '.join(identical)}: exactly 0"
         axes.text(0.98, 0.02, note, transform=axes.transAxes, ha="right", va="bottom", fontsize=9)

@@ -32,7 +32,10 @@ class Epoch(NamedTuple):
 
 
 def over_ranks(ranks: list[Epoch], distance: float, steps: int) -> Numbers:
-    """One epoch of all ranks: means, and the worst replica, and the slowest rank's time."""
+    """One epoch of all ranks: means, and the worst replica, and the slowest rank's time.
+
+    What is not known or not finite (of replicas that diverged) is None: JSON has no NaN.
+    """
     traffic = [r.traffic for r in ranks]
     train_s = max(r.train_s for r in ranks)
     exchange_ms = 1e3 * statistics.fmean(t.exchange_s for t in traffic) / steps
@@ -47,9 +50,9 @@ def over_ranks(ranks: list[Epoch], distance: float, steps: int) -> Numbers:
         "bytes_per_step": statistics.fmean(t.bytes for t in traffic) / steps,
         "exchange_ms": exchange_ms,
         "waited_ms": waited_ms,
-        "hidden_ms": max(0.0, exchange_ms - waited_ms),
+        "hidden_ms": exchange_ms - min(waited_ms, exchange_ms),
     }
-    return {key: None if math.isnan(value) else value for key, value in numbers.items()}
+    return {key: value if math.isfinite(value) else None for key, value in numbers.items()}
 
 
 def run_row(history: list[Numbers]) -> dict[str, Any]:
@@ -83,11 +86,16 @@ def announce(method: str, epochs: int, epoch: Numbers, *, as_json: bool) -> None
     if as_json:
         print("@" + json.dumps({"method": method, "epochs": epochs} | epoch), flush=True)
         return
-    text = (
-        f"{method} {epoch['epoch']:3}/{epochs}  loss {epoch['loss']:.4f}"
-        f"  accuracy {epoch['accuracy']:.1f} % (worst {epoch['worst_accuracy']:.1f} %)"
-        f"  apart {epoch['consensus']:.1e}  step {epoch['step_ms']:.2f} ms"
+    print(
+        f"{method} {epoch['epoch']}/{epochs}  loss {_text(epoch['loss'], '.4f')}"
+        f"  accuracy {_text(epoch['accuracy'], '.1f')} %"
+        f" (worst {_text(epoch['worst_accuracy'], '.1f')} %)"
+        f"  apart {_text(epoch['consensus'], '.1e')}  step {_text(epoch['step_ms'], '.2f')} ms"
+        f"  exchange {_text(epoch['exchange_ms'], '.2f')} ms"
+        f" (waited {_text(epoch['waited_ms'], '.2f')} ms)",
+        flush=True,
     )
-    if epoch["exchange_ms"] is not None:
-        text += f"  exchange {epoch['exchange_ms']:.2f} ms (waited {epoch['waited_ms']:.2f})"
-    print(text, flush=True)
+
+
+def _text(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 # Unused, but needed before init_process_group: its functions keep the process group of the time
 # of their import as a default argument. Imported later (the first optimizer does), it keeps gloo's
-# threads alive past destroy_process_group, and about one process in thirty then aborts at exit.
+# threads alive past destroy_process_group; about one job in six then aborted at exit.
 import torch.distributed.nn
 import torch.nn.functional as F
 from models import LeNet, flat_parameters

@@ -80,6 +80,8 @@ def mix_(dst: NDArray[Any], src: NDArray[Any], alpha: float) -> float:
             raise ArrayError(f"mix_: {name} is {array.dtype}; float32 and float64 are served")
     if dst.shape != src.shape or dst.dtype != src.dtype:
         raise ArrayError(f"mix_: dst is {dst.dtype}{dst.shape} but src is {src.dtype}{src.shape}")
+    if not dst.flags.writeable:
+        raise ArrayError("mix_: dst is read-only")
     if np.may_share_memory(dst, src):
         raise ArrayError("mix_: dst and src overlap")
     return float(mix(dst, src, dst.dtype.type(alpha)))

@@ -1,4 +1,4 @@
-"""The layers that touch UCX, once more with the system's libucp where there is one beside the wheel.
+"""The layers that touch UCX, once more with the system's libucp.
 
 Skipped, with the reason, where only one of the two is installed.
 """

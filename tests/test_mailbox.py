@@ -1,0 +1,209 @@
+"""ucxgossip.mailbox: the parts of a mailbox do not overlap, and guards notice what strays."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ucxgossip.errors import ArgumentError
+from ucxgossip.mailbox import (
+    ALIGNMENT,
+    CREDIT_WINDOW,
+    GUARD,
+    GUARD_BYTE,
+    MAX_ROUND,
+    Layout,
+    Mailbox,
+    parse_description,
+    signal_word,
+)
+from ucxgossip.ucp import Context, Endpoint, RemoteKey, Worker
+
+layouts = st.builds(
+    Layout,
+    nbytes=st.integers(1, 1 << 40) | st.integers(1, 300),
+    depth=st.integers(1, 64),
+    chunk=st.integers(1, 1 << 22).map(lambda words: 8 * words) | st.just(8),
+)
+some = settings(max_examples=100, deadline=None)
+
+
+def parts(layout: Layout) -> list[tuple[int, int]]:
+    """Start and end of everything that is written, in the order of their places."""
+    words = 8 * layout.depth * layout.chunks
+    starts = [layout.slots + i * layout.stride for i in range(layout.depth)]
+    return [
+        *((start, start + layout.nbytes) for start in starts),
+        (layout.signals, layout.signals + words),
+        (layout.outgoing, layout.outgoing + words),
+    ]
+
+
+@some
+@given(layouts)
+def test_parts_stand_apart(layout: Layout) -> None:
+    """A guard before, between and after all parts, so nothing overlaps or leaves the region."""
+    ends = [(0, 0), *parts(layout), (layout.total, layout.total)]
+    assert all(start - end >= GUARD for (_, end), (start, _) in pairwise(ends))
+
+
+@some
+@given(layouts)
+def test_parts_are_aligned(layout: Layout) -> None:
+    assert all(start % ALIGNMENT == 0 for start, _ in parts(layout))
+
+
+@some
+@given(layouts)
+def test_chunks_cover_the_payload(layout: Layout) -> None:
+    assert (layout.chunks - 1) * layout.chunk < layout.nbytes <= layout.chunks * layout.chunk
+
+
+@some
+@given(layouts)
+def test_memory_is_depth_times_the_payload(layout: Layout) -> None:
+    """Beyond that: two words a chunk, and a guard and rounding for each of depth + 3 parts."""
+    extra = layout.total - layout.depth * (layout.nbytes + 16 * layout.chunks)
+    assert 0 < extra <= (layout.depth + 3) * (GUARD + ALIGNMENT)
+
+
+def test_layout_by_hand() -> None:
+    layout = Layout(nbytes=100, depth=2, chunk=32)
+    assert layout.chunks == 4
+    assert parts(layout) == [(64, 164), (256, 356), (448, 512), (576, 640)]
+    assert layout.total == 704
+
+
+@pytest.mark.parametrize("name", ["nbytes", "depth", "chunk"])
+@pytest.mark.parametrize("value", [0, -8, 8.5, "8", None])
+def test_bad_layout(name: str, value: Any) -> None:
+    with pytest.raises(ArgumentError, match=f"mailbox: {name} is {value!r}"):
+        Layout(**({"nbytes": 64, "depth": 2, "chunk": 8} | {name: value}))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 12, 65])
+def test_chunk_of_broken_words(chunk: int) -> None:
+    with pytest.raises(ArgumentError, match=f"chunk is {chunk}; must be a multiple of 8"):
+        Layout(64, 2, chunk)
+
+
+def test_depth_beyond_the_credit_window() -> None:
+    limit = CREDIT_WINDOW // 4
+    assert Layout(8, limit, 8).depth == limit
+    with pytest.raises(ArgumentError, match=f"depth is {limit + 1}; at most {limit}"):
+        Layout(8, limit + 1, 8)
+
+
+# --- signal words ------------------------------------------------------------------------------
+
+epochs = st.integers(0, (1 << 15) - 1)
+numbers = st.integers(0, MAX_ROUND - 1)
+
+
+@some
+@given(epochs, numbers, epochs, numbers)
+def test_signal_words_are_distinct(epoch: int, number: int, other: int, later: int) -> None:
+    same = (epoch, number) == (other, later)
+    assert (signal_word(epoch, number) == signal_word(other, later)) == same
+
+
+@some
+@given(epochs, numbers)
+def test_signal_word_is_a_positive_int64_and_grows(epoch: int, number: int) -> None:
+    assert 0 < signal_word(epoch, number) < 1 << 63
+    assert signal_word(epoch, number) < signal_word(epoch, number + 1)
+    assert signal_word(epoch, MAX_ROUND) < signal_word(epoch + 1, 0)
+
+
+# --- a mailbox in memory -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def context() -> Iterator[Context]:
+    with Context("shm") as context:
+        yield context
+
+
+SHAPES = [Layout(100, 2, 32), Layout(1, 1, 8), Layout(64, 3, 64), Layout(4097, 4, 1024)]
+shapes = pytest.mark.parametrize("layout", SHAPES, ids=str)
+
+
+@pytest.fixture
+def mailbox(context: Context, layout: Layout) -> Iterator[Mailbox]:
+    made = Mailbox(context, layout, size=4)
+    yield made
+    made.close()
+
+
+@shapes
+def test_guards_stand_when_all_else_is_written(mailbox: Mailbox, layout: Layout) -> None:
+    assert mailbox.intact()
+    for number in range(layout.depth):
+        mailbox.slot(number, np.uint8, layout.nbytes)[:] = 0xFF
+    for start, end in parts(layout)[layout.depth :]:
+        mailbox.region.view(np.int64, (end - start) // 8, start)[:] = -1
+    assert mailbox.intact()
+    written = sum(end - start for start, end in parts(layout))
+    assert np.count_nonzero(mailbox.region.bytes == 0xFF) == written
+
+
+@shapes
+def test_guards_notice_every_byte_outside(mailbox: Mailbox, layout: Layout) -> None:
+    inside = {place for start, end in parts(layout) for place in range(start, end)}
+    for place in sorted(set(range(layout.total)) - inside):
+        mailbox.region.bytes[place] ^= 1
+        assert not mailbox.intact(), place
+        mailbox.region.bytes[place] = GUARD_BYTE
+    assert mailbox.intact()
+
+
+@shapes
+def test_slots_take_turns(mailbox: Mailbox, layout: Layout) -> None:
+    for number in range(layout.depth):
+        mailbox.slot(number, np.uint8, layout.nbytes)[:] = number + 1
+    for number in (*range(3 * layout.depth), MAX_ROUND - 1):
+        slot = mailbox.slot(number, np.uint8, layout.nbytes)
+        assert set(slot.tolist()) == {number % layout.depth + 1}
+
+
+@pytest.mark.parametrize("layout", SHAPES[:1], ids=str)
+def test_slot_is_of_the_type_asked_for(mailbox: Mailbox) -> None:
+    mailbox.slot(1, np.float32, 25)[:] = 2.5
+    assert mailbox.slot(3, np.float32, 25).tolist() == [2.5] * 25
+    assert not mailbox.slot(0, np.uint8, 100).any()
+
+
+@pytest.mark.parametrize("layout", SHAPES[:1], ids=str)
+def test_description_makes_a_twin_reachable(
+    context: Context, mailbox: Mailbox, layout: Layout
+) -> None:
+    address, packed = parse_description(mailbox.describe(), layout, rank=3)
+    assert (address, packed) == (mailbox.region.address, mailbox.region.pack())
+    with Worker(context) as worker:
+        endpoint = Endpoint(worker, worker.address)
+        key = RemoteKey(endpoint, packed)
+        mailbox.set_peer(3, key, address)
+        assert not mailbox.peers[:3].any()
+        assert mailbox.peers[3].tolist() == [address, key.handle, key.pointer(address)]
+        mailbox.close()
+        assert key.closed and mailbox.region.closed
+        assert not mailbox.peers.any() and not mailbox.keys
+        mailbox.close()
+
+
+@pytest.mark.parametrize("length", [0, 1, 8, 15, 16])
+def test_description_that_is_too_short(length: int) -> None:
+    with pytest.raises(ArgumentError, match=f"rank 5 published a mailbox of {length} bytes"):
+        parse_description(bytes(length), Layout(100, 2, 32), rank=5)
+
+
+def test_description_of_another_layout() -> None:
+    blob = (4096).to_bytes(8, "little") + (705).to_bytes(8, "little") + b"key"
+    with pytest.raises(ArgumentError, match="rank 5 has a mailbox of 705 bytes .* has 704"):
+        parse_description(blob, Layout(100, 2, 32), rank=5)
+    blob = (4096).to_bytes(8, "little") + (704).to_bytes(8, "little") + b"key"
+    assert parse_description(blob, Layout(100, 2, 32), rank=5) == (4096, b"key")
