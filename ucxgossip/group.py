@@ -161,6 +161,7 @@ class Group:
         self._failure: GossipError | None = None
         self._exchange_box: Mailbox | None = None
         self._exchange_dtype: np.dtype[Any] | None = None
+        self._last_buffer: Buffer | None = None
         self._default_schedule = Rotated(Dissemination(self.size), seed=0)
         self._checked_schedule: Schedule = self._default_schedule
         self.engine = Engine(context, self.rank, self.size, tuning, ring=context.transport != "tcp")
@@ -264,8 +265,8 @@ class Group:
                 operation=_OPERATIONS[target.dtype] if mix else w.COPY,
                 alpha=this.weight,
                 source_param=source.param,
-                held=held,
-                need_credit=not early or mailbox.round >= mailbox.layout.depth,
+                held=int(held),
+                need_credit=int(not early or mailbox.round >= mailbox.layout.depth),
                 grant_now=-1 if early or this.sender is None else this.sender,
                 grant_next=-1 if ahead is None or ahead.sender is None else ahead.sender,
             ),
@@ -289,8 +290,8 @@ class Group:
                 self._fail(error)
             if waited >= limit:
                 self._fail(self.engine.describe_wait(mailbox, waited))
-        row = self.engine.table[mailbox.index]
-        if row[w.STATE] == w.FAILED:
+        if self.engine.table.item(mailbox.index, w.STATE) == w.FAILED:
+            row = self.engine.table[mailbox.index]
             status = int(row[w.FAILURE])
             partner = f"rank {self.rank}, to rank {int(row[w.TO])}, round {int(row[w.ROUND])}"
             self._fail(UCXError("ucp_put_nbx", status, status_name(status), partner))
@@ -331,7 +332,7 @@ class Group:
         each call. mailbox: one of `mailbox(array.nbytes)`, to exchange arrays of several sizes.
         """
         self._check_usable()
-        buffer = Buffer.of(array)
+        buffer = self._buffer_of(array)
         if mix and buffer.dtype not in _OPERATIONS:
             raise ArrayError(f"the array is {buffer.dtype}; float32 and float64 can be mixed")
         chosen = self.check_schedule(schedule or self._default_schedule)
@@ -349,6 +350,12 @@ class Group:
         self.wait(box)
         return array if mix else target.owner  # type: ignore[return-value]
 
+    def _buffer_of(self, array: NDArray[Any]) -> Buffer:
+        """`Buffer.of`, remembered (with its array) for the next call."""
+        if self._last_buffer is None or self._last_buffer.owner is not array:
+            self._last_buffer = Buffer.of(array)
+        return self._last_buffer
+
     def post_scheduled(
         self,
         mailbox: Mailbox,
@@ -361,8 +368,9 @@ class Group:
         kick: bool = True,
     ) -> None:
         """`post` the round of `step` on a mailbox whose rounds all follow `schedule`."""
-        this = schedule.round(self.rank, step)
-        ahead = schedule.round(self.rank, step + mailbox.layout.depth)
+        this = mailbox.ahead.pop(step, None) or schedule.round(self.rank, step)
+        later = step + mailbox.layout.depth
+        ahead = mailbox.ahead[later] = schedule.round(self.rank, later)
         self.post(mailbox, source, target, this, ahead, mix, held, kick)
 
     def check_schedule(self, schedule: Schedule) -> Schedule:

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ucxgossip.errors import ArgumentError
+from ucxgossip.schedule import Round
 from ucxgossip.ucp.context import Context
 from ucxgossip.ucp.memory import MemoryRegion, RemoteKey
 
@@ -103,7 +104,8 @@ class Layout:
 class Mailbox:
     """One stream of rounds: a region laid out by `layout`, and where its twins stand elsewhere.
 
-    `index` is its row in the engine's table, `round` the number of the next round.
+    `index` is its row in the engine's table, `round` the number of the next round, `ahead` this
+    rank's parts in rounds whose writer has its credit already.
     """
 
     def __init__(self, context: Context, layout: Layout, size: int) -> None:
@@ -114,6 +116,7 @@ class Mailbox:
         self.keys: dict[int, RemoteKey] = {}
         self.index = -1
         self.round = 0
+        self.ahead: dict[int, Round] = {}
         for guard in self._guards():
             guard[:] = GUARD_BYTE
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +28,7 @@ _SLICE_NS = 250_000_000
 _LOCK_NS = 60_000_000_000
 
 
-@dataclass(frozen=True)
-class Post:
+class Post(NamedTuple):
     """What one round does: addresses in bytes, partners by rank (-1: none).
 
     source, target: the same address mixes in place. operation: COPY, MIX_FLOAT32 or MIX_FLOAT64
@@ -46,8 +46,8 @@ class Post:
     operation: int
     alpha: float = 0.5
     source_param: int = 0
-    held: bool = False
-    need_credit: bool = True
+    held: int = 0
+    need_credit: int = 1
     grant_now: int = -1
     grant_next: int = -1
 
@@ -201,29 +201,10 @@ class Engine:
         kick: wake the engine thread, unless the caller waits at once.
         """
         self._check_open()
-        row = self.table[mailbox.index]
-        if row[w.STATE] == w.ACTIVE:
-            raise ExchangeError(f"mailbox {mailbox.index}: its last round is still under way")
         if not 0 <= mailbox.round < MAX_ROUND:
             raise ArgumentError(f"round {mailbox.round} is out of range")
-        rounds.post(
-            self.words,
-            row,
-            self.floats[mailbox.index],
-            mailbox.round,
-            what.source,
-            what.source_param or int(self.words[w.PLAIN]),
-            what.target,
-            what.nbytes,
-            what.to,
-            what.sender,
-            what.operation,
-            what.alpha,
-            int(what.held),
-            int(what.need_credit),
-            what.grant_now,
-            what.grant_next,
-        )
+        if not rounds.post(self.words, mailbox.index, mailbox.round, *what):
+            raise ExchangeError(f"mailbox {mailbox.index}: its last round is still under way")
         mailbox.round += 1
         if kick:
             jit.kick(int(self.words[w.ENGINE_FD]))

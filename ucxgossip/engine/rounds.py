@@ -22,7 +22,7 @@ from numba import types
 
 from ucxgossip import jit
 from ucxgossip.engine import words as w
-from ucxgossip.engine.handlers import arrived, signal_index
+from ucxgossip.engine.handlers import arrived, mailbox_floats, mailbox_words, signal_index
 from ucxgossip.kernels.cpu import mix
 from ucxgossip.mailbox import CREDIT_WINDOW
 from ucxgossip.ucp import ops
@@ -273,29 +273,32 @@ def advance(engine: Any, mailbox: Any, floats: Any) -> int:
 @jit.njit
 def post(
     engine: Any,
-    mailbox: Any,
-    floats: Any,
+    index: int,
     number: int,
     source: int,
-    source_param: int,
     target: int,
     nbytes: int,
     to: int,
     sender: int,
     operation: int,
     alpha: float,
+    source_param: int,
     held: int,
     need_credit: int,
     grant_now: int,
     grant_next: int,
-) -> None:
-    """Start round `number` of `mailbox`; whoever drives takes it from here.
+) -> bool:
+    """Start round `number` of mailbox `index`; whoever drives takes it from here.
 
-    The arguments are the mailbox words of the same names (`words`); the last round has ended.
+    The other arguments are the mailbox words of the same names (`words`). False if the last round
+    has not ended.
     """
+    mailbox, floats = mailbox_words(engine, index), mailbox_floats(engine, index)
+    if jit.load_acquire(mailbox, w.STATE) == w.ACTIVE:
+        return False
     mailbox[w.ROUND] = number
     mailbox[w.SOURCE] = source
-    mailbox[w.SOURCE_PARAM] = source_param
+    mailbox[w.SOURCE_PARAM] = source_param if source_param else engine[w.PLAIN]
     mailbox[w.TARGET] = target
     mailbox[w.NBYTES] = nbytes
     mailbox[w.PARTS] = (nbytes + mailbox[w.CHUNK] - 1) // mailbox[w.CHUNK]
@@ -316,10 +319,9 @@ def post(
     floats[w.ALPHA] = alpha
     floats[w.DISTANCE] = 0.0
     jit.store_release(mailbox, w.STATE, w.ACTIVE)
+    return True
 
 
-_words = types.int64[::1]
-POST_SIGNATURE = types.void(
-    _words, _words, types.float64[::1], *(types.int64,) * 8, types.float64, *(types.int64,) * 4
-)
+_word = types.int64
+POST_SIGNATURE = types.boolean(types.int64[::1], *(_word,) * 8, types.float64, *(_word,) * 5)
 """The signature under which `post` is compiled ahead of its first call."""
