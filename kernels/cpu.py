@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ucxgossip import jit
-from ucxgossip.errors import ArrayError
+from ucxgossip.errors import ArgumentError, ArrayError
 
 BLOCK = 8192
 """Elements whose squares are summed in the arrays' precision before going to float64."""
@@ -70,16 +70,20 @@ def mix_(dst: NDArray[Any], src: NDArray[Any], alpha: float) -> float:
     """Average `src` into `dst` in place: ``dst += alpha * (src - dst)``.
 
     dst, src: 1-D contiguous arrays of one length and one dtype, float32 or float64, without
-    overlap (`ArrayError` else). alpha: weight of `src`, 0 to 1. Returns the squared Euclidean
-    distance of the two inputs.
+    overlap (`ArrayError` else). alpha: weight of `src`, 0 to 1 (`ArgumentError` else).
+    Returns the squared Euclidean distance of the two inputs.
     """
     for name, array in (("dst", dst), ("src", src)):
+        if not isinstance(array, np.ndarray):
+            raise ArrayError(f"mix_: {name} must be a NumPy array, not {type(array).__name__}")
         if array.ndim != 1 or not array.flags.c_contiguous:
             raise ArrayError(f"mix_: {name} must be 1-D and contiguous, not shape {array.shape}")
         if array.dtype not in (np.float32, np.float64):
             raise ArrayError(f"mix_: {name} is {array.dtype}; float32 and float64 are served")
     if dst.shape != src.shape or dst.dtype != src.dtype:
         raise ArrayError(f"mix_: dst is {dst.dtype}{dst.shape} but src is {src.dtype}{src.shape}")
+    if not isinstance(alpha, float | int) or not 0 <= alpha <= 1:
+        raise ArgumentError(f"mix_: alpha is {alpha!r}; must be a number from 0 to 1")
     if not dst.flags.writeable:
         raise ArrayError("mix_: dst is read-only")
     if np.may_share_memory(dst, src):

@@ -91,8 +91,11 @@ def test_compare_swap_sets_what_was_expected_only(run: Any) -> None:
 
 
 @uncached
-def draw_numbers(array: Any, drawn: Any, times: int) -> None:
-    """Add 1 so often; mark the values from before, which are this thread's alone."""
+def draw_numbers(array: Any, drawn: Any, times: int, threads: int) -> None:
+    """Once all threads are here, add 1 so often; mark the values from before: no other's too."""
+    jit.fetch_add(array, 2, 1)
+    while jit.load_acquire(array, 2) < threads:
+        jit.yield_cpu()
     for _ in range(times):
         drawn[jit.fetch_add(array, 1, 1)] += 1
 
@@ -145,10 +148,12 @@ def in_threads(*calls: Callable[[], Any]) -> list[Any]:
 
 
 def test_fetch_add_gives_each_number_to_one_thread() -> None:
-    array, drawn = np.zeros(3, np.int64), [np.zeros(200_000, np.int64) for _ in range(4)]
-    draw_numbers(array, drawn[0], 0)
-    in_threads(*[lambda own=own: draw_numbers(array, own, 50_000) for own in drawn])
-    assert array.tolist() == [0, 200_000, 0]
+    times, threads = 100_000, 3
+    drawn = [np.zeros(threads * times, np.int64) for _ in range(threads)]
+    array = np.zeros(3, np.int64)
+    draw_numbers(array.copy(), drawn[0], 0, 1)  # compiles
+    in_threads(*[lambda own=own: draw_numbers(array, own, times, threads) for own in drawn])
+    assert array.tolist() == [0, threads * times, threads]
     assert (sum(drawn) == 1).all()
 
 

@@ -63,8 +63,8 @@ class Layout:
     def __post_init__(self) -> None:
         for name in ("nbytes", "depth", "chunk"):
             value = getattr(self, name)
-            if value < 1:
-                raise ArgumentError(f"mailbox: {name} is {value}; must be at least 1")
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ArgumentError(f"mailbox: {name} is {value!r}; must be a whole number from 1")
         if self.chunk % 8:
             raise ArgumentError(f"mailbox: chunk is {self.chunk}; must be a multiple of 8 bytes")
         if self.depth > CREDIT_WINDOW // 4:

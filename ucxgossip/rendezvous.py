@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -62,6 +63,9 @@ class Place:
         """RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, LOCAL_WORLD_SIZE; arguments go first."""
         rank = _whole("RANK", 0) if rank is None else rank
         size = _whole("WORLD_SIZE", 1) if size is None else size
+        for name, value in (("rank", rank), ("world size", size)):
+            if type(value) is not int:
+                raise ArgumentError(f"{name} is {value!r}; must be a whole number")
         if size < 1:
             raise ArgumentError(f"world size is {size}; must be at least 1")
         if not 0 <= rank < size:
@@ -126,20 +130,37 @@ class Rendezvous:
         self._meetings: dict[str, int] = {}
         self._closed = False
 
+    @contextmanager
+    def _store_at(self, what: str) -> Iterator[Store]:
+        """The store; its failures, other than a time-out, are told as what they mean."""
+        try:
+            yield self.store
+        except (RendezvousError, PeerError):
+            raise
+        except Exception as error:
+            if _is_timeout(error):
+                raise
+            raise RendezvousError(
+                f"rank {self.rank} lost the store {what}: {error}. Rank 0 (or torchrun's "
+                "agent) holds it: did it end?"
+            ) from error
+
     def _key(self, *parts: object) -> str:
         return "/".join([self._prefix, *map(str, parts)])
 
     def publish(self, name: str, blob: bytes) -> None:
         """Make `blob` known to the others as this rank's `name`."""
         self._check_open()
-        self.store.set(self._key(name, self.rank), blob)
+        with self._store_at(f"publishing {name!r}") as store:
+            store.set(self._key(name, self.rank), blob)
 
     def collect(self, name: str, rank: int) -> bytes:
         """The blob that `rank` published as `name`, once it has."""
         self._check_open()
         key = self._key(name, rank)
         self._wait(key, lambda: (rank,), f"to publish {name!r}")
-        return bytes(self.store.get(key))
+        with self._store_at(f"collecting {name!r}") as store:
+            return bytes(store.get(key))
 
     def agree(self, name: str, facts: Mapping[str, object]) -> None:
         """Meet, and check that all ranks bring the same `facts` (JSON values).
@@ -150,24 +171,29 @@ class Rendezvous:
         self._check_open()
         meeting = f"{name}#{self._meetings.setdefault(name, 0)}"
         self._meetings[name] += 1
-        mine = json.dumps(facts)
-        self.store.set(self._key(meeting, "facts", self.rank), mine)
-        result = self._key(meeting, "result")
+        with self._store_at(f"at {name!r}"):
+            message = self._agree(name, meeting, json.dumps(facts))
+        if message:
+            raise MismatchError(message)
+
+    def _agree(self, name: str, meeting: str, mine: str) -> str:
+        """The first difference that any rank found, in words; empty if all agree."""
+        store = self.store
+        store.set(self._key(meeting, "facts", self.rank), mine)
+        result, verdicts = self._key(meeting, "result"), self._key(meeting, "verdicts")
         if self.rank != 0:
             first = self._key(meeting, "facts", 0)
             self._wait(first, lambda: (0,), f"at {name!r}", stop=result)
-            if self.store.check([first]):
-                theirs = json.loads(self.store.get(first))
+            if store.check([first]):
+                theirs = json.loads(store.get(first))
                 difference = first_difference(theirs, json.loads(mine), self.rank)
-                if difference and self.store.add(self._key(meeting, "verdicts"), 1) == 1:
-                    self.store.set(result, f"{name}: {difference}")
-        everyone = self.store.add(self._key(meeting, "count"), 1) == self.size
-        if everyone and self.store.add(self._key(meeting, "verdicts"), 1) == 1:
-            self.store.set(result, "")
+                if difference and store.add(verdicts, 1) == 1:
+                    store.set(result, f"{name}: {difference}")
+        everyone = store.add(self._key(meeting, "count"), 1) == self.size
+        if everyone and store.add(verdicts, 1) == 1:
+            store.set(result, "")
         self._wait(result, lambda: self._absent(meeting), f"at {name!r}")
-        message = self.store.get(result).decode()
-        if message:
-            raise MismatchError(message)
+        return store.get(result).decode()
 
     def _absent(self, meeting: str) -> tuple[int, ...]:
         return tuple(
@@ -184,14 +210,12 @@ class Rendezvous:
         slice_ = timedelta(seconds=min(1.0, self.timeout))
         while True:
             try:
-                self.store.wait([key], slice_)
+                with self._store_at(what) as store:
+                    store.wait([key], slice_)
                 return
             except Exception as error:
                 if not _is_timeout(error):
-                    raise RendezvousError(
-                        f"rank {self.rank} lost the store {what}: {error}. Rank 0 (or torchrun's "
-                        "agent) holds it: did it end?"
-                    ) from error
+                    raise
             self.raise_if_aborted()
             if stop and self.store.check([stop]):
                 return
@@ -213,8 +237,10 @@ class Rendezvous:
     def raise_if_aborted(self) -> None:
         """Raise `PeerError` if another rank has left with an error."""
         key = self._key("aborted")
-        if self.store.check([key]):
-            rank, reason = json.loads(self.store.get(key))
+        with self._store_at("looking for errors of others") as store:
+            if not store.check([key]):
+                return
+            rank, reason = json.loads(store.get(key))
             if rank != self.rank:
                 raise PeerError(f"rank {rank} left the job: {reason}", rank)
 

@@ -174,8 +174,8 @@ class Broadcast:
 
     def __post_init__(self) -> None:
         _check_size("Broadcast", self.size)
-        if not 0 <= self.root < self.size:
-            raise ScheduleError(f"Broadcast: no rank {self.root}; ranks are 0 to {self.size - 1}")
+        if type(self.root) is not int or not 0 <= self.root < self.size:
+            raise ScheduleError(f"Broadcast: no rank {self.root!r}; ranks are 0 to {self.size - 1}")
 
     @property
     def period(self) -> int:
@@ -185,6 +185,8 @@ class Broadcast:
     def round(self, rank: int, step: int) -> Round:
         """The part of `rank` in `step`; alone from step `period` on."""
         _check_place(self, rank, step)
+        if step >= self.period:
+            return ALONE
         place, distance = (rank - self.root) % self.size, 1 << step
         if place < distance and place + distance < self.size:
             return Round((rank + distance) % self.size, None)

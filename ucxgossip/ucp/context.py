@@ -77,6 +77,8 @@ class Context(Resource):
         if f"UCX_{name}" in os.environ:
             self.settings[name] = os.environ[f"UCX_{name}"]
             return
+        if not isinstance(value, str):
+            raise ArgumentError(f"UCX setting {name}={value!r}: the value must be a string")
         status = self.library.functions["ucp_config_modify"](config, name.encode(), value.encode())
         if status != abi.Status.OK:
             raise ArgumentError(

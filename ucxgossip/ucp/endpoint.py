@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from ucxgossip.errors import UCXError
+from ucxgossip.errors import ArgumentError, ClosedError, UCXError
 from ucxgossip.ucp import abi, lib, ops
 from ucxgossip.ucp.resource import Resource
 from ucxgossip.ucp.worker import Worker
@@ -53,6 +53,10 @@ class Endpoint(Resource):
         progress meanwhile. For streams of puts use `ops` from compiled code.
         """
         count = source.nbytes if nbytes is None else nbytes
+        if source.closed:
+            raise ClosedError("the source region of a put is closed")
+        if not 0 <= count <= source.nbytes:
+            raise ArgumentError(f"a put of {count} bytes out of a region of {source.nbytes}")
         put = ops.put(
             self.handle,
             source.address,

@@ -135,9 +135,12 @@ def _open_wheel() -> tuple[str, ctypes.CDLL] | None:
         wheel = importlib.import_module("libucx")
     except ImportError:
         return None
-    wheel.load_library()
     path = Path(str(wheel.__file__)).parent / "lib" / "libucp.so.0"
-    return (str(path), ctypes.CDLL(str(path))) if path.exists() else None
+    try:
+        wheel.load_library()
+        return str(path), ctypes.CDLL(str(path))
+    except OSError:
+        return None
 
 
 def rdma_devices() -> list[str]:
