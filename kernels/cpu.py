@@ -12,6 +12,7 @@ stays exact. ``fastmath`` for the whole function was rejected: it would let the 
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ def mix_(dst: NDArray[Any], src: NDArray[Any], alpha: float) -> float:
             raise ArrayError(f"mix_: {name} is {array.dtype}; float32 and float64 are served")
     if dst.shape != src.shape or dst.dtype != src.dtype:
         raise ArrayError(f"mix_: dst is {dst.dtype}{dst.shape} but src is {src.dtype}{src.shape}")
-    if not isinstance(alpha, float | int) or not 0 <= alpha <= 1:
+    if not isinstance(alpha, Real) or not 0 <= alpha <= 1:
         raise ArgumentError(f"mix_: alpha is {alpha!r}; must be a number from 0 to 1")
     if not dst.flags.writeable:
         raise ArrayError("mix_: dst is read-only")

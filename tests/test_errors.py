@@ -1,6 +1,7 @@
 """ucxgossip.errors: the tree drawn in the docstring is the tree of the classes."""
 
 import inspect
+import pickle
 import re
 
 import pytest
@@ -81,3 +82,21 @@ def test_attributes_and_text() -> None:
     assert (late.rank, late.what, late.seconds, str(late)) == (2, "credit", 1.5, "no credit")
     peer = PeerError("rank 4 left", 4)
     assert (peer.rank, str(peer)) == (4, "rank 4 left")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.UCXError("ucp_put_nbx", -6, "ERR_UNREACHABLE", "to rank 3"),
+        errors.PeerError("rank 2 left", 2),
+        errors.ExchangeTimeoutError("waited", 1, "to put", 2.5),
+        errors.RankMissingError("missing", (1, 2)),
+        errors.ArrayError("bad"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_survive_pickling(error: errors.GossipError) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert str(copy) == str(error)
+    assert vars(copy) == vars(error)

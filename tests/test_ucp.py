@@ -647,3 +647,11 @@ def test_release_that_fails_is_not_repeated() -> None:
     root.close()
     assert good.closed and root.closed
     assert log == ["bad", "good", "root"]
+
+
+@pytest.mark.parametrize(("count", "offset"), [(9, 0), (8, 8), (-1, 0), (1, -8)])
+def test_view_beyond_the_region(count: int, offset: int) -> None:
+    with Context("shm") as context, MemoryRegion(context, nbytes=64) as region:
+        assert len(region.view(np.float64, 8)) == 8
+        with pytest.raises(ArgumentError, match="region of 64"):
+            region.view(np.float64, count, offset)

@@ -32,6 +32,17 @@ from __future__ import annotations
 class GossipError(Exception):
     """Base of every error raised by ucxgossip."""
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Survive pickling (process pools), whatever a subclass's constructor takes."""
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(kind: type[GossipError], args: tuple[object, ...], state: dict[str, object]) -> object:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
 
 class ArgumentError(GossipError, ValueError):
     """An argument that cannot be served."""

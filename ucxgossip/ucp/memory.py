@@ -65,6 +65,10 @@ class MemoryRegion(Resource):
     def view(self, dtype: Any, count: int, offset: int = 0) -> NDArray[Any]:
         """`count` elements of `dtype` from byte `offset` on."""
         size = np.dtype(dtype).itemsize * count
+        if offset < 0 or count < 0 or offset + size > self.nbytes:
+            raise ArgumentError(
+                f"a view of bytes {offset} to {offset + size} of a region of {self.nbytes}"
+            )
         return self.bytes[offset : offset + size].view(dtype)
 
     def pack(self) -> bytes:
