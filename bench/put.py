@@ -20,8 +20,8 @@ COLUMNS = (
     Column("latency_us", "latency", "us", ".2f", 10),
     Column("peer_latency_us", "peer", "us", ".2f", 10),
     Column("latency_ratio", "ratio", "", ".2f", 6),
-    Column("bandwidth_MBps", "bandwidth", "MB/s", ".0f", 10),
-    Column("peer_bandwidth_MBps", "peer", "MB/s", ".0f", 10),
+    Column("bandwidth_MBps", "bandwidth", "MB/s", ".1f", 10),
+    Column("peer_bandwidth_MBps", "peer", "MB/s", ".1f", 10),
     Column("bandwidth_ratio", "ratio", "", ".2f", 6),
     Column("latency_spread", "spread", "%", ".0f", 7),
 )

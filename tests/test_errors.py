@@ -92,6 +92,7 @@ def test_attributes_and_text() -> None:
         errors.ExchangeTimeoutError("waited", 1, "to put", 2.5),
         errors.RankMissingError("missing", (1, 2)),
         errors.ArrayError("bad"),
+        errors.LibraryNotFoundError("none"),
     ],
     ids=lambda error: type(error).__name__,
 )

@@ -38,7 +38,8 @@ class GossipError(Exception):
 
 
 def _rebuild(kind: type[GossipError], args: tuple[object, ...], state: dict[str, object]) -> object:
-    error = kind.__new__(kind, *args)
+    layout = next(base for base in (OSError, ImportError, Exception) if issubclass(kind, base))
+    error = layout.__new__(kind, *args)
     error.args = args
     error.__dict__.update(state)
     return error
