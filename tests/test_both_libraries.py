@@ -27,10 +27,10 @@ def test_with_the_systems_libucp(name: str) -> None:
         pytest.skip("needs both the system's libucp (apt install libucx0) and the wheel's")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib"]
-        + [str(Path(__file__).with_name(name))],
+        + [str(Path(__file__).with_name(name)), "-k", "not 8"],
         env={**os.environ, lib.ENVIRONMENT_VARIABLE: system, INNER: "1"},
         capture_output=True,
-        timeout=300,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stdout.decode()[-4000:]

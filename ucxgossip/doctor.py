@@ -97,6 +97,10 @@ def _probe(transport: str) -> dict[str, Any]:
         text = log.read_text(errors="replace") if log.exists() else ""
     protocols = parse_protocols(text)
     for row in found["rows"]:
+        if found["facts"]["mapped"]:
+            # The engine stores there itself; what UCX would choose after a fence does not matter.
+            row["protocol"], row["emulated"] = "mapped memory, stored to directly", False
+            continue
         name = next((each[2] for each in protocols if each[0] <= row["bytes"] <= each[1]), None)
         row["protocol"] = name
         row["emulated"] = None if name is None else "software emulation" in name
@@ -152,6 +156,7 @@ def main() -> None:
                 "lanes": " ".join(pair.side.endpoint.transports()) or "unknown before UCX 1.14",
                 "settings": " ".join(f"{k}={v}" for k, v in pair.side.context.settings.items()),
                 "target_must_progress": not alone,
+                "mapped": bool(pair.side.key.pointer(pair.side.remote)),
             }
     except GossipError as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -1,0 +1,145 @@
+"""The command line: each command measures, writes its rows and exits as it should."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ucxgossip.cli import main
+from ucxgossip.doctor import advise, parse_protocols
+
+pytestmark = pytest.mark.spawn
+
+PUT_KEYS = {
+    "bench",
+    "transport",
+    "bytes",
+    "latency_us",
+    "bandwidth_MBps",
+    "peer",
+    "peer_latency_us",
+    "peer_bandwidth_MBps",
+    "latency_ratio",
+    "bandwidth_ratio",
+}
+EXCHANGE_KEYS = {
+    "bench",
+    "transport",
+    "ranks",
+    "bytes",
+    "ours_us",
+    "ours_p99_us",
+    "peer",
+    "peer_us",
+    "speedup",
+}
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    document = json.loads(path.read_text())
+    assert document["environment"]["ucx"]
+    found: list[dict[str, Any]] = document["rows"]
+    return found
+
+
+@pytest.mark.parametrize("transport", ["tcp", "shm"])
+def test_bench_put(transport: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "put.json"
+    sizes = ["--sizes", "8,64K", "--repeats", "2", "--seconds", "0.02"]
+    command = ["bench", "put", "--transport", transport, *sizes, "--json", str(path)]
+    assert main([*command, "--against", "ucx_perftest"]) == 0
+    found = rows(path)
+    assert [row["bytes"] for row in found] == [8, 65536]
+    for row in found:
+        assert set(row) >= PUT_KEYS
+        assert row["latency_us"] > 0 < row["bandwidth_MBps"]
+        assert row["latency_ratio"] == pytest.approx(row["latency_us"] / row["peer_latency_us"])
+    assert len([line for line in capsys.readouterr().out.splitlines() if line[0] != "#"]) == 2
+
+
+def test_bench_exchange(tmp_path: Path) -> None:
+    path = tmp_path / "exchange.json"
+    sizes = ["--sizes", "8,64K", "--ranks", "2,3", "--repeats", "2", "--seconds", "0.02"]
+    command = ["bench", "exchange", "--transport", "tcp", *sizes, "--json", str(path)]
+    assert main([*command, "--against", "gloo_allreduce,gloo_gossip"]) == 0
+    found = rows(path)
+    assert len(found) == 8
+    assert {row["peer"] for row in found} == {"gloo_allreduce", "gloo_gossip"}
+    for row in found:
+        assert set(row) >= EXCHANGE_KEYS
+        assert row["speedup"] == pytest.approx(row["peer_us"] / row["ours_us"])
+
+
+@pytest.mark.parametrize("transport", ["tcp", "shm"])
+def test_doctor(transport: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "doctor.json"
+    assert main(["doctor", "--transport", transport, "--json", str(path)]) == 0
+    facts = json.loads(path.read_text())["environment"]
+    assert facts["target_must_progress"] is (transport == "tcp")
+    assert facts["ucx_origin"] in ("wheel", "system", "environment")
+    for row in rows(path):
+        assert row["latency_us"] > 0 < row["bandwidth_MBps"]
+    assert "# " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["doctor", "--transport", "pigeon"],
+        ["bench", "put", "--sizes", "8,many"],
+        ["bench", "put", "--sizes", "0"],
+        ["bench", "exchange", "--ranks", "two"],
+        ["bench", "exchange", "--ranks", "1"],
+        ["bench", "exchange", "--sizes", "6"],
+        ["bench", "exchange", "--against", "carrier_pigeon"],
+    ],
+    ids=" ".join,
+)
+def test_bad_arguments_exit_with_2(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "none.json"
+    assert main([*command, "--json", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("ucxgossip: ArgumentError: ")
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("command", [["--help"], ["doctor", "--help"], ["bench", "put", "--help"]])
+def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 0
+    assert "usage: ucxgossip" in capsys.readouterr().out
+
+
+PROTO_INFO = """\
+[1.2] [vm:1 :0]   +--------+-------------+--------+
+[1.2] [vm:1 :0]   | ucxgossip inter-node cfg#1      |
+[1.2] [vm:1 :0]   | remote memory write by ucp_put* from host memory to host |
+[1.2] [vm:1 :0]   +--------+-------------+--------+
+[1.2] [vm:1 :0]   | Range  | Description | Config |
+[1.2] [vm:1 :0]   +--------+-------------+--------+
+[1.2] [vm:1 :0]   | 0..2047 | short | rc_mlx5/mlx5_0:1 |
+[1.2] [vm:1 :0]   | 2K..inf | software emulation | tcp/lo |
+[1.2] [vm:1 :0]   +--------+-------------+--------+
+[1.2] [vm:1 :0]   | active message by ucp_am_send* from host memory |
+[1.2] [vm:1 :0]   | 0..inf | copy-in | tcp/lo |
+"""
+
+
+def test_protocol_table_is_read() -> None:
+    assert parse_protocols(PROTO_INFO) == [
+        (0, 2047, "short rc_mlx5/mlx5_0:1"),
+        (2048, float("inf"), "software emulation tcp/lo"),
+    ]
+    assert parse_protocols("nothing") == []
+
+
+def test_advice() -> None:
+    facts = {"target_must_progress": True, "rdma_devices": "mlx5_0", "ucx_origin": "wheel"}
+    said = " ".join(advise(facts, [{"emulated": True}]))
+    assert "emulated" in said and "verbs" in said and "engine thread" in said
+    facts = {"target_must_progress": False, "rdma_devices": "none", "ucx_origin": "wheel"}
+    assert len(advise(facts, [{"emulated": False}])) == 1
