@@ -178,8 +178,10 @@ def test_everything_starts_from_rank_0(job: Callable[..., list[Any]]) -> None:
 
 
 def test_unused_frozen_and_tied(job: Callable[..., list[Any]]) -> None:
+    models = [odd_model(0) for _ in range(2)]  # here: the threads share torch's generator
+
     def body(group: ug.Group) -> dict[str, torch.Tensor]:
-        model = odd_model(0)
+        model = models[group.rank]
         start = copy.deepcopy(model.state_dict())
         optimizer = torch.optim.SGD(
             [p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5
@@ -347,8 +349,10 @@ def hooks_of(model: nn.Module) -> int:
 
 
 def test_detach_leaves_the_model_as_found(job: Callable[..., list[Any]]) -> None:
+    models = [odd_model(0) for _ in range(2)]
+
     def body(group: ug.Group) -> None:
-        model = odd_model(0)
+        model = models[group.rank]
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         keys = set(vars(optimizer)), {n: set(vars(p)) for n, p in model.named_parameters()}
         gossip = ug.attach(model, optimizer, group)

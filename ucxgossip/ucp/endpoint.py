@@ -95,9 +95,10 @@ class Endpoint(Resource):
         attr.transports_entries = ctypes.cast(entries, ctypes.POINTER(abi.TransportEntry))
         attr.transports_num_entries = len(entries)
         attr.transports_entry_size = ctypes.sizeof(abi.TransportEntry)
+        handle = self.handle
         if self.library.version < (1, 14, 0):
             return []
-        self.library("ucp_ep_query", self.handle, ctypes.byref(attr))
+        self.library("ucp_ep_query", handle, ctypes.byref(attr))
         return [
             f"{entry.transport_name.decode()}/{entry.device_name.decode()}"
             for entry in entries[: attr.transports_num_entries]
