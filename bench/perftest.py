@@ -5,8 +5,11 @@ It is run as its authors mean it to be run, and on the library that we measure:
 * The wheel's binary finds no libucp of its own (its RPATH names another folder) and falls back on
   the system's, often older one. So it gets LD_LIBRARY_PATH, and what it has mapped is checked.
 * Only the transport is chosen (see TRANSPORTS); the protocol for each size is UCX's choice.
-* Its defaults are kept: busy polling, the window of 32 puts for bandwidth and 1 for latency, its
-  warm-up of at most 0.1 s. See SETTINGS for what was tried.
+* Its defaults are kept: busy polling, a window of 32 puts for bandwidth and 1 for latency, a
+  warm-up of at most 0.1 s, no pinning. For 8 B over TCP on two cores, registered memory with one
+  thread (`-z -M single`) and pinning (`-c`) made no difference beyond its own spread. That spread
+  is wide: from one pair of processes to the next 11.2 or 14.5 us, hardly anything between. So one
+  run says little; take several, interleaved with what they are compared to.
 
 Latency is one way, half a round trip, the median of the last 2048 round trips. Bandwidth is that
 of a whole run, from the first put until the target has confirmed the last; that last one is an

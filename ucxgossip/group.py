@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ from ucxgossip.errors import (
     ClosedError,
     ExchangeError,
     GossipError,
+    PeerError,
     ScheduleError,
     UCXError,
 )
@@ -213,9 +214,12 @@ class Group:
             self.engine.connect(rank, self._meeting.collect("worker", rank))
         blob = self._meeting.collect(f"mailbox {mailbox.index}", rank)
         address, packed = parse_description(blob, mailbox.layout, rank)
-        with self.engine.locked():
-            key = RemoteKey(self.engine.endpoints[rank], packed)
-            mailbox.set_peer(rank, key, address)
+        try:
+            with self.engine.locked():
+                key = RemoteKey(self.engine.endpoints[rank], packed)
+                mailbox.set_peer(rank, key, address)
+        except UCXError as error:
+            self._fail(error)
 
     def allocate(self, nbytes: int) -> MemoryRegion:
         """Zeroed registered memory for payloads, page-aligned.
@@ -284,10 +288,7 @@ class Group:
         start = time.monotonic()
         while not self.engine.wait(mailbox, min(_SLICE, limit)):
             waited = time.monotonic() - start
-            try:
-                self._meeting.raise_if_aborted()
-            except ExchangeError as error:
-                self._fail(error)
+            self._look_for_errors_of_others()
             if waited >= limit:
                 self._fail(self.engine.describe_wait(mailbox, waited))
         if self.engine.table.item(mailbox.index, w.STATE) == w.FAILED:
@@ -418,8 +419,19 @@ class Group:
         if self._failure is not None:
             raise ExchangeError(f"the group failed before: {self._failure}") from self._failure
 
-    def _fail(self, error: GossipError) -> None:
-        """Remember that rounds are broken off, tell the others, raise."""
+    def _look_for_errors_of_others(self) -> None:
+        try:
+            self._meeting.raise_if_aborted()
+        except PeerError as error:
+            self._failure = error
+            raise
+
+    def _fail(self, error: GossipError) -> NoReturn:
+        """Remember that rounds are broken off, tell the others, raise.
+
+        If another rank left with an error, that is the cause, and is raised in its place.
+        """
+        self._look_for_errors_of_others()
         self._failure = error
         self._quietly(lambda: self._meeting.abort(str(error)))
         raise error
