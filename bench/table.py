@@ -93,7 +93,10 @@ def write_json(
         text = json.dumps(document, indent=2, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ArgumentError(f"the rows for {path} cannot be written as JSON: {error}") from error
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    try:
+        Path(path).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ArgumentError(f"cannot write {path}: {error}") from error
 
 
 def parse_sizes(text: str) -> list[int]:

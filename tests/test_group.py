@@ -141,6 +141,7 @@ BAD_ARRAYS: list[tuple[Any, str]] = [
     (np.zeros(0, np.float32), "empty"),
     ([1.0, 2.0], "NumPy array"),
     (np.broadcast_to(np.float32(1), (1,)), "read-only"),
+    (np.array([object()]), "objects"),
 ]
 
 
@@ -178,6 +179,7 @@ def test_schedule_must_fit(store: Any, schedule: Any) -> None:
         ({"transport": "carrier-pigeon"}, "unknown transport"),
         ({"timeout": 0.0}, "timeout"),
         ({"timeout": float("nan")}, "timeout"),
+        ({"timeout": float("inf")}, "timeout"),
         ({"rank": 2, "size": 2}, "does not fit"),
         ({"rank": 0, "size": 0}, "world size"),
         ({"settings": {"TLS": "no-such-transport"}}, "UCX|transport"),
@@ -291,3 +293,33 @@ def test_memory_from_allocate_outlives_the_group(store: Any) -> None:
         assert view.ctypes.data % 4096 == 0
     view += 1.0
     assert (view == 1.0).all()
+
+
+@pytest.mark.parametrize(
+    "constants",
+    [
+        {"window": 0},
+        {"chunk": 12},
+        {"eager": 1 << 19, "chunk": 1 << 18},
+        {"spins": -1},
+        {"eager": 1.5},
+    ],
+    ids=str,
+)
+def test_bad_tuning(constants: dict[str, Any]) -> None:
+    with pytest.raises(errors.ArgumentError, match="Tuning"):
+        ug.Tuning(**constants)
+
+
+def test_mailbox_of_another_group(store: Any) -> None:
+    with ug.join(0, 1, store) as one, ug.join(0, 1, store) as other:
+        box = other.mailbox(32)
+        with pytest.raises(errors.ArgumentError, match="not one of this group"):
+            one.exchange(np.zeros(4), mailbox=box)
+
+
+def test_latecomer_does_not_join_a_job_that_gave_up(as_ranks: Ranks, store: Any) -> None:
+    with pytest.raises(errors.RankMissingError):
+        ug.join(0, 2, store, "tcp", timeout=0.2)
+    with pytest.raises(errors.PeerError, match="rank 0 left the job: RankMissingError"):
+        ug.join(1, 2, store, "tcp", TIMEOUT)

@@ -16,6 +16,7 @@ from ucxgossip.mailbox import (
     GUARD,
     GUARD_BYTE,
     MAX_ROUND,
+    SIGNAL_RING,
     Layout,
     Mailbox,
     parse_description,
@@ -39,7 +40,7 @@ def parts(layout: Layout) -> list[tuple[int, int]]:
     return [
         *((start, start + layout.nbytes) for start in starts),
         (layout.signals, layout.signals + words),
-        (layout.outgoing, layout.outgoing + words),
+        (layout.outgoing, layout.outgoing + 8 * SIGNAL_RING),
     ]
 
 
@@ -66,16 +67,16 @@ def test_chunks_cover_the_payload(layout: Layout) -> None:
 @some
 @given(layouts)
 def test_memory_is_depth_times_the_payload(layout: Layout) -> None:
-    """Beyond that: two words a chunk, and a guard and rounding for each of depth + 3 parts."""
-    extra = layout.total - layout.depth * (layout.nbytes + 16 * layout.chunks)
+    """Beyond that: a word a chunk, a ring of words, a guard and rounding for each part."""
+    extra = layout.total - layout.depth * (layout.nbytes + 8 * layout.chunks) - 8 * SIGNAL_RING
     assert 0 < extra <= (layout.depth + 3) * (GUARD + ALIGNMENT)
 
 
 def test_layout_by_hand() -> None:
     layout = Layout(nbytes=100, depth=2, chunk=32)
     assert layout.chunks == 4
-    assert parts(layout) == [(64, 164), (256, 356), (448, 512), (576, 640)]
-    assert layout.total == 704
+    assert parts(layout) == [(64, 164), (256, 356), (448, 512), (576, 1088)]
+    assert layout.total == 1152
 
 
 @pytest.mark.parametrize("name", ["nbytes", "depth", "chunk"])
@@ -202,8 +203,8 @@ def test_description_that_is_too_short(length: int) -> None:
 
 
 def test_description_of_another_layout() -> None:
-    blob = (4096).to_bytes(8, "little") + (705).to_bytes(8, "little") + b"key"
-    with pytest.raises(ArgumentError, match="rank 5 has a mailbox of 705 bytes .* has 704"):
+    blob = (4096).to_bytes(8, "little") + (1153).to_bytes(8, "little") + b"key"
+    with pytest.raises(ArgumentError, match="rank 5 has a mailbox of 1153 bytes .* has 1152"):
         parse_description(blob, Layout(100, 2, 32), rank=5)
-    blob = (4096).to_bytes(8, "little") + (704).to_bytes(8, "little") + b"key"
+    blob = (4096).to_bytes(8, "little") + (1152).to_bytes(8, "little") + b"key"
     assert parse_description(blob, Layout(100, 2, 32), rank=5) == (4096, b"key")

@@ -415,14 +415,20 @@ def test_meeting_over_torchs_store(as_ranks: Ranks, free_port: int) -> None:
 
 
 def test_absence_and_abort_over_torchs_store(as_ranks: Ranks, free_port: int) -> None:
+    here, told = threading.Event(), threading.Event()
+
     def body(rank: int, store: Store) -> None:
         meeting = Rendezvous(store, rank, 2, LONG if rank else SHORT)
         if rank == 0:
+            assert here.wait(LONG)  # connected, but at no meeting
             with pytest.raises(RankMissingError, match="for rank 1 at 'join'"):
                 meeting.agree("join", {})
             meeting.abort("rank 1 is missing")
+            assert told.wait(LONG)  # the store is ours
         else:
+            here.set()
             with pytest.raises(PeerError, match="rank 0 left the job: rank 1 is missing"):
                 meeting.collect("worker", 0)
+            told.set()
 
     assert over_torch(as_ranks, 2, free_port, body) == [None, None]

@@ -549,3 +549,132 @@ def test_second_backward_without_no_sync_exchanges_again(job: Callable[..., list
             assert gossip.stats()["rounds"] == 2 * once > 0
 
     check(job(2, body))
+
+
+def test_submodules_called_by_themselves_are_waited_for(job: Callable[..., list[Any]]) -> None:
+    """The root is never called: every module waits for all."""
+
+    def body(group: ug.Group) -> None:
+        model = small_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with ug.attach(model, optimizer, group, mix="weights", bucket_bytes=64) as gossip:
+            boxes = [bucket.weights_box for bucket in gossip._buckets]
+            for step in range(4):
+                optimizer.zero_grad()
+                x, y = batch(group.rank, step)
+                h = model[0](x)
+                assert not any(group.engine.active(box) for box in boxes if box)
+                F.cross_entropy(model[2](torch.tanh(h)), y).backward()
+                optimizer.step()
+
+    check(job(2, body))
+
+
+def test_copy_of_an_attached_model_is_a_plain_model(store: Any) -> None:
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with ug.join(0, 1, store) as group:
+        with ug.attach(model, optimizer, group):
+            average = torch.optim.swa_utils.AveragedModel(model)
+            average.update_parameters(model)
+        x = batch(0, 0)[0]
+        torch.testing.assert_close(average(x), model(x))
+        average.state_dict()
+
+
+@pytest.mark.parametrize("how", ["double", "data"])
+def test_parameter_moved_out_of_its_bucket(store: Any, how: str) -> None:
+    model = small_model().float()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with ug.join(0, 1, store) as group:
+        gossip = ug.attach(model, optimizer, group)
+        if how == "double":
+            model.double()
+        else:
+            model[0].weight.data = model[0].weight.data.clone()
+        with pytest.raises(errors.ModelError, match=r"detach\(\) before"):
+            optimizer.step()
+        gossip.detach()
+
+
+def test_exception_in_backward_is_told_at_the_next(store: Any) -> None:
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+            raise ZeroDivisionError("on purpose")
+
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with ug.join(0, 1, store) as group:
+        gossip = ug.attach(model, optimizer, group, bucket_bytes=64)
+        x, y = batch(0, 0)
+        with pytest.raises(ZeroDivisionError):
+            F.cross_entropy(model[2](Fails.apply(model[0](x))), y).backward()
+        with pytest.raises(errors.ExchangeError, match="out of step"):
+            optimizer.step()
+        with pytest.raises(errors.ExchangeError, match="out of step"):
+            F.cross_entropy(model(x), y).backward()
+        gossip.detach()
+    assert hooks_of(model) == 0
+
+
+def test_detach_and_checkpoint_after_a_failure(as_ranks: Ranks, store: Any) -> None:
+    def rank(number: int) -> None:
+        group = ug.join(number, 2, store, "tcp", TIMEOUT)
+        model = small_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        gossip = ug.attach(model, optimizer, group)
+        if number == 1:
+            group.abort("on purpose")
+            group.close()
+            return
+        optimizer.zero_grad()
+        with pytest.raises(errors.PeerError, match="on purpose"):
+            F.cross_entropy(model(batch(0, 0)[0]), batch(0, 0)[1]).backward()
+        model.state_dict()
+        with pytest.raises(errors.GossipError):
+            gossip.wait()
+            optimizer.step()
+        gossip.detach()
+        assert hooks_of(model) == 0
+        group.close()
+
+    check(as_ranks(2, rank))
+
+
+def test_two_optimizers_keep_their_own_gradients(store: Any) -> None:
+    model = small_model()
+    first = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    second = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    with ug.join(0, 1, store) as group, ug.attach(model, first, group):
+        F.cross_entropy(model(batch(0, 0)[0]), batch(0, 0)[1]).backward()
+        kept = model[2].weight.grad.clone()
+        first.zero_grad()
+        assert not model[0].weight.grad.any()
+        assert torch.equal(model[2].weight.grad, kept)
+        second.zero_grad()
+        assert model[2].weight.grad is None
+
+
+def test_optimizer_of_another_model(store: Any) -> None:
+    other = torch.optim.SGD(small_model().parameters(), lr=0.1)
+    with ug.join(0, 1, store) as group, pytest.raises(errors.ModelError, match="no parameter of"):
+        ug.attach(small_model(), other, group)
+
+
+def test_lazy_and_misplaced_parts(store: Any) -> None:
+    lazy = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3))
+    buffered = nn.Linear(2, 2)
+    buffered.register_buffer("elsewhere", torch.zeros(2, device="meta"))
+    with ug.join(0, 1, store) as group:
+        for model, kind, word in (
+            (lazy, errors.ModelError, "not initialised"),
+            (buffered, errors.ArrayError, "elsewhere is on meta"),
+        ):
+            optimizer = torch.optim.SGD([next(model.parameters())], lr=0.1)
+            with pytest.raises(kind, match=word):
+                ug.attach(model, optimizer, group)

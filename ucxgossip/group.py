@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 import time
 from collections.abc import Callable, Mapping
@@ -28,7 +29,9 @@ from ucxgossip.errors import (
     ClosedError,
     ExchangeError,
     GossipError,
+    MismatchError,
     PeerError,
+    RendezvousError,
     ScheduleError,
     UCXError,
 )
@@ -80,6 +83,8 @@ class Buffer:
                 f"the array must be 1-D and contiguous, not shape {array.shape} with strides "
                 f"{array.strides}; pass np.ascontiguousarray(array).ravel()"
             )
+        if array.dtype.hasobject:
+            raise ArrayError(f"the array is {array.dtype}; Python objects cannot travel")
         if not array.flags.writeable:
             raise ArrayError("the array is read-only; it is averaged in place")
         param = 0 if region is None else region.param_address
@@ -109,7 +114,7 @@ def join(
     if transport not in TRANSPORTS:
         known = ", ".join(repr(name) for name in TRANSPORTS)
         raise ArgumentError(f"unknown transport {transport!r}; choose one of {known}")
-    if not timeout > 0:
+    if not 0 < timeout < math.inf:
         raise ArgumentError(f"timeout is {timeout}; must be a positive number of seconds")
     place = rendezvous.Place.from_environment(rank, size)
     if store is None:
@@ -118,11 +123,16 @@ def join(
     chosen = dict(settings or {})
     if place.local_size == place.size:
         chosen.setdefault("NET_DEVICES", "lo")
-    context = Context(transport, chosen, estimated_peers=place.size)
+    context = None
     try:
+        context = Context(transport, chosen, estimated_peers=place.size)
         return Group(context, meeting, tuning or TUNING[transport])
-    except BaseException:
-        context.close()
+    except BaseException as error:
+        if context is not None:
+            context.close()
+        if not isinstance(error, MismatchError | PeerError):
+            with suppress(Exception):  # the error at hand is the one to see
+                meeting.abort(f"{type(error).__name__}: {error}")
         raise
 
 
@@ -258,6 +268,7 @@ class Group:
             if rank is not None:
                 self.reach(rank, mailbox)
         early = ahead is not None
+        in_flight = (source.owner, target.owner)
         self.engine.post(
             mailbox,
             Post(
@@ -276,6 +287,7 @@ class Group:
             ),
             kick,
         )
+        mailbox.in_flight = in_flight
 
     def wait(self, mailbox: Mailbox, timeout: float | None = None) -> None:
         """Block until the mailbox's round has ended; drives the engine meanwhile.
@@ -338,6 +350,8 @@ class Group:
             raise ArrayError(f"the array is {buffer.dtype}; float32 and float64 can be mixed")
         chosen = self.check_schedule(schedule or self._default_schedule)
         box = self._mailbox_of_exchange(buffer, chosen) if mailbox is None else mailbox
+        if self.engine.mailboxes[box.index : box.index + 1] != [box]:
+            raise ArgumentError("exchange: the mailbox is not one of this group")
         if box.layout.nbytes != buffer.nbytes:
             raise ArrayError(
                 f"exchange: the array has {buffer.nbytes} bytes, its mailbox {box.layout.nbytes}; "
@@ -346,7 +360,8 @@ class Group:
             )
         if self.size == 1:
             return array if mix else array.copy()
-        target = buffer if mix else Buffer.of(np.empty_like(array))
+        # A copy, not empty memory: a schedule may give this rank nobody to receive from.
+        target = buffer if mix else Buffer.of(array.copy())
         self.post_scheduled(box, buffer, target, chosen, box.round, mix=mix, kick=False)
         self.wait(box)
         return array if mix else target.owner  # type: ignore[return-value]
@@ -422,8 +437,9 @@ class Group:
     def _look_for_errors_of_others(self) -> None:
         try:
             self._meeting.raise_if_aborted()
-        except PeerError as error:
+        except (PeerError, RendezvousError) as error:
             self._failure = error
+            self.engine.stop()
             raise
 
     def _fail(self, error: GossipError) -> NoReturn:
@@ -433,15 +449,21 @@ class Group:
         """
         self._look_for_errors_of_others()
         self._failure = error
+        self.engine.stop()
         self._quietly(lambda: self._meeting.abort(str(error)))
         raise error
 
     @staticmethod
-    def _quietly(action: Callable[[], None]) -> None:
+    def _quietly(action: Callable[[], object]) -> None:
         try:
             action()
         except Exception:  # the store may have gone with rank 0; the first error is the one to see
             return
+
+    @property
+    def failed(self) -> bool:
+        """Whether a round or another rank failed; no round moves after that."""
+        return self._failure is not None
 
     def abort(self, reason: str) -> None:
         """Break off all rounds; the others get a `PeerError` at their next wait."""
@@ -459,7 +481,9 @@ class Group:
         if self._closed:
             return
         try:
-            if self._failure is None:
+            if self._failure is not None:
+                self._quietly(lambda: self._meeting.leave(self.timeout))
+            else:
                 # While everybody still drives, so that nobody's last put meets a closed door. A
                 # partner that is gone already has nothing to lose by it.
                 with suppress(UCXError):

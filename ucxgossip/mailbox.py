@@ -35,6 +35,7 @@ ALIGNMENT = 64
 GUARD = 64
 GUARD_BYTE = 0xA5
 CREDIT_WINDOW = 4096
+SIGNAL_RING = 64
 MAX_ROUND = 1 << 47
 _BLOB = struct.Struct("<QQ")
 
@@ -92,20 +93,25 @@ class Layout:
 
     @property
     def outgoing(self) -> int:
-        """Offset of the signal words that this rank puts from, depth x chunks."""
+        """Offset of the words that this rank puts as signals, one for each of SIGNAL_RING rounds.
+
+        Nobody waits for a signal's own completion. A word stays until no rank can be so far
+        behind that its put is still on the way.
+        """
         return self.signals + _align(8 * self.depth * self.chunks) + GUARD
 
     @property
     def total(self) -> int:
         """Bytes of the region."""
-        return self.outgoing + _align(8 * self.depth * self.chunks) + GUARD
+        return self.outgoing + _align(8 * SIGNAL_RING) + GUARD
 
 
 class Mailbox:
     """One stream of rounds: a region laid out by `layout`, and where its twins stand elsewhere.
 
     `index` is its row in the engine's table, `round` the number of the next round, `ahead` this
-    rank's parts in rounds whose writer has its credit already.
+    rank's parts in rounds whose writer has its credit already. `in_flight` keeps the memory of the
+    last round alive, which a put or a mix may touch until the next one is posted.
     """
 
     def __init__(self, context: Context, layout: Layout, size: int) -> None:
@@ -117,6 +123,7 @@ class Mailbox:
         self.index = -1
         self.round = 0
         self.ahead: dict[int, Round] = {}
+        self.in_flight: tuple[object, ...] = ()
         for guard in self._guards():
             guard[:] = GUARD_BYTE
 
@@ -124,8 +131,8 @@ class Mailbox:
         """Every byte of the region that belongs to no slot and no word."""
         layout, parts = self.layout, []
         ends = [(layout.slots + i * layout.stride, layout.nbytes) for i in range(layout.depth)]
-        words = 8 * layout.depth * layout.chunks
-        ends += [(layout.signals, words), (layout.outgoing, words)]
+        ends.append((layout.signals, 8 * layout.depth * layout.chunks))
+        ends.append((layout.outgoing, 8 * SIGNAL_RING))
         position = 0
         for start, length in ends:
             parts.append(self.region.bytes[position:start])

@@ -28,6 +28,9 @@ from ucxgossip.errors import (
     RendezvousError,
 )
 
+_GOODBYE = 3.0
+"""Seconds that rank 0 keeps its store open after an error, for the others to read it."""
+
 
 class Store(Protocol):
     """What is used of ``torch.distributed.Store``."""
@@ -70,9 +73,9 @@ class Place:
             raise ArgumentError(f"world size is {size}; must be at least 1")
         if not 0 <= rank < size:
             raise ArgumentError(f"rank {rank} does not fit world size {size}")
-        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        host = os.environ.get("MASTER_ADDR", "")
         local = _whole("LOCAL_WORLD_SIZE", size if host in ("127.0.0.1", "localhost") else 1)
-        return cls(rank, size, host, _whole("MASTER_PORT", 29500), local)
+        return cls(rank, size, host or "127.0.0.1", _whole("MASTER_PORT", 29500), local)
 
 
 def _whole(name: str, default: int) -> int:
@@ -175,6 +178,7 @@ class Rendezvous:
             message = self._agree(name, meeting, json.dumps(facts))
         if message:
             raise MismatchError(message)
+        self.raise_if_aborted()  # all are counted, but one may have given up waiting
 
     def _agree(self, name: str, meeting: str, mine: str) -> str:
         """The first difference that any rank found, in words; empty if all agree."""
@@ -230,8 +234,8 @@ class Rendezvous:
                 )
 
     def abort(self, reason: str) -> None:
-        """Tell the others that this rank leaves with an error."""
-        if not self._closed:
+        """Tell the others that this rank leaves with an error; the first to say so is heard."""
+        if not self._closed and self.store.add(self._key("aborts"), 1) == 1:
             self.store.set(self._key("aborted"), json.dumps([self.rank, reason]))
 
     def raise_if_aborted(self) -> None:
@@ -256,8 +260,9 @@ class Rendezvous:
             # Only then may rank 0 take its store away: the others have read their last answer.
             if self.store.add(self._key("left"), 1) == self.size:
                 self.store.set(self._key("left", "all"), "")
-            if self.rank == 0 and together:
-                self.store.wait([self._key("left", "all")], timedelta(seconds=timeout))
+            if self.rank == 0:
+                patience = timeout if together else min(timeout, _GOODBYE)
+                self.store.wait([self._key("left", "all")], timedelta(seconds=patience))
         except Exception as error:
             if self.rank == 0 and not _is_timeout(error):
                 raise RendezvousError(f"rank 0 could not leave: {error}") from error

@@ -44,12 +44,15 @@ def acquire(engine: Any, deadline_ns: int) -> bool:
 
 @jit.njit
 def release(engine: Any) -> None:
-    """Give the lock back; the engine thread goes on at once if a round is under way."""
-    busy = pending(engine, -1)
+    """Give the lock back; the engine thread goes on at once if a round is under way.
+
+    It is woken from a sleep in any case: what it armed for may have been consumed by this caller.
+    """
+    wake = pending(engine, -1) or jit.load_acquire(engine, w.ASLEEP) != 0
     jit.fetch_add(engine, w.DRIVES, 1)
     jit.store_release(engine, w.LOCK, 0)
     jit.fetch_add(engine, w.DRIVERS, -1)
-    if busy:
+    if wake:
         jit.kick(engine[w.ENGINE_FD])
 
 
@@ -149,9 +152,12 @@ def _serve(engine: Any) -> None:
     ):
         idle = 0 if drive_once(engine) else idle + 1
         asleep = _may_sleep(engine, idle)
+    if asleep:
+        jit.store_release(engine, w.ASLEEP, 1)
     jit.store_release(engine, w.LOCK, 0)
     if asleep:
         _sleep(engine, engine[w.ENGINE_FD], _SLEEP_MS)
+        jit.store_release(engine, w.ASLEEP, 0)
 
 
 @jit.njit

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from ucxgossip.ucp.worker import Worker
 
 _SLICE_NS = 250_000_000
 _LOCK_NS = 60_000_000_000
+_CLOSE_NS = 2_000_000_000
 
 
 class Post(NamedTuple):
@@ -54,7 +57,7 @@ class Post(NamedTuple):
 
 @dataclass(frozen=True)
 class Tuning:
-    """Constants of the engine, with the measurements behind them in docs/protocol.md.
+    """Constants of the engine; docs/performance.md has the measurements behind the defaults.
 
     eager: largest payload (bytes) that travels in one message with its signal. spins, yields:
     idle passes before yielding, and before sleeping. chunk (bytes) and window (chunks): what is
@@ -66,6 +69,17 @@ class Tuning:
     yields: int = 20
     chunk: int = 1 << 18
     window: int = 16
+
+    def __post_init__(self) -> None:
+        for name, least in (("eager", 0), ("spins", 0), ("yields", 0), ("chunk", 8), ("window", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ArgumentError(f"Tuning: {name} is {value!r}; a whole number from {least}")
+        if self.chunk % 8 or self.eager > self.chunk:
+            raise ArgumentError(
+                f"Tuning: chunk is {self.chunk}; must be a multiple of 8 and at least eager "
+                f"({self.eager})"
+            )
 
 
 class Engine:
@@ -127,10 +141,14 @@ class Engine:
 
     def start(self) -> None:
         """Start the engine thread."""
-        self._thread = threading.Thread(
-            target=drive.run, args=(self.words,), name="ucxgossip-engine", daemon=True
-        )
+        # A bound method, so that the memory it works on lives as long as the thread does.
+        self._thread = threading.Thread(target=self._run, name="ucxgossip-engine", daemon=True)
         self._thread.start()
+        # libucp is unloaded under a thread that still runs when nobody closed the group.
+        atexit.register(self.stop)
+
+    def _run(self) -> None:
+        drive.run(self.words)
 
     def stop(self) -> None:
         """End the engine thread: no round moves any more, unless a caller drives."""
@@ -138,6 +156,7 @@ class Engine:
         jit.kick(int(self.words[w.ENGINE_FD]))
         if self._thread is not None:
             self._thread.join()
+        atexit.unregister(self.stop)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -233,9 +252,10 @@ class Engine:
 
     def flush(self, timeout: float) -> None:
         """``ucp_ep_flush_nbx`` on every endpoint: all that this rank put is in place."""
+        deadline = time.monotonic() + timeout
         with self.locked():
             for endpoint in self.endpoints.values():
-                endpoint.flush(timeout)
+                endpoint.flush(max(0.0, deadline - time.monotonic()))
 
     def close(self) -> None:
         """Stop the thread, close mailboxes, endpoints and worker. Further calls do nothing.
@@ -246,6 +266,7 @@ class Engine:
             return
         self._closed = True
         self.stop()
+        drive.acquire(self.words, jit.now_ns() + _CLOSE_NS)  # until another thread's wait returns
         self._drop_requests()
         for endpoint in self.endpoints.values():
             endpoint.abandon()

@@ -24,7 +24,7 @@ from ucxgossip import jit
 from ucxgossip.engine import words as w
 from ucxgossip.engine.handlers import arrived, mailbox_floats, mailbox_words, signal_index
 from ucxgossip.kernels.cpu import mix
-from ucxgossip.mailbox import CREDIT_WINDOW
+from ucxgossip.mailbox import CREDIT_WINDOW, SIGNAL_RING
 from ucxgossip.ucp import ops
 
 _WINDOW_MASK = CREDIT_WINDOW - 1
@@ -49,6 +49,7 @@ def _send(
     engine: Any, mailbox: Any, rank: int, ident: int, number: int, chunk: int, nbytes: int
 ) -> int:
     """Send an active message about (round, chunk); `nbytes` of the source go with it."""
+    # UCX 1.13 does not know COPY_HEADER: the ring keeps a header while its message may wait.
     header = mailbox[w.HEADERS] + w.HEADER_BYTES * ((number + chunk) % w.HEADER_RING)
     header += w.HEADER_BYTES * w.HEADER_RING * ident
     fields = jit.view_words(header, w.HEADER_WORDS)
@@ -140,15 +141,19 @@ def _put_signalled(engine: Any, mailbox: Any, part: int, offset: int, nbytes: in
         return request
     status = ops.fence(engine[w.WORKER])
     if status < 0:
+        _forget(request)
         return status
     index = signal_index(mailbox, number, part)
-    word = mailbox[w.OUTGOING] + 8 * index
+    word = mailbox[w.OUTGOING] + 8 * (number % SIGNAL_RING)
     jit.view_words(word, 1)[0] = (engine[w.EPOCH] << 48) | (number + 1)
     remote = base + mailbox[w.SIGNALS_OFFSET] + 8 * index
     status = _forget(ops.put(endpoint, word, 8, remote, key, mailbox[w.OUT_PARAM]))
     if status == 0:
         status = _ring(engine, mailbox, part)
-    return status if status < 0 else request
+    if status < 0:
+        _forget(request)
+        return status
+    return request
 
 
 @jit.njit
@@ -190,6 +195,7 @@ def _reap(mailbox: Any) -> int:
             if status == _IN_PROGRESS:
                 break
             ops.free(request)
+            requests[mailbox[w.SENT] % mailbox[w.WINDOW]] = 0
             if status < 0:
                 return _fail(mailbox, status)
         mailbox[w.SENT] += 1

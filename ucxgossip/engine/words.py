@@ -28,6 +28,8 @@ YIELDS = 16  # idle passes that yield before sleeping
 RANK = 17  # this rank
 FLOAT_TABLE = 18  # address of the mailboxes' floats
 
+ASLEEP = 20  # 1 while the engine thread sleeps on the worker
+
 LOCK = 24  # 1 while a thread drives the worker
 DRIVERS = 32  # callers that drive or want to
 DRIVES = 40  # calls that drove, so far
@@ -41,7 +43,7 @@ ENGINE_WORDS = HEADER_COPY + 8
 STATE = 0
 SLOTS = 1  # local address of slot 0
 SIGNALS = 2  # local address of the signal words
-OUTGOING = 3  # local address of the words put from
+OUTGOING = 3  # local address of the ring of words put from
 STRIDE = 4  # bytes between slots
 DEPTH = 5
 CHUNK = 6  # bytes

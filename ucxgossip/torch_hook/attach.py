@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +18,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.parameter import is_lazy
 
 from ucxgossip.engine import words as w
 from ucxgossip.errors import (
@@ -25,6 +26,8 @@ from ucxgossip.errors import (
     AlreadyAttachedError,
     ArgumentError,
     ClosedError,
+    ExchangeError,
+    GossipError,
     ModelError,
     SparseGradientError,
 )
@@ -32,7 +35,7 @@ from ucxgossip.group import Group
 from ucxgossip.mailbox import Mailbox
 from ucxgossip.mixing import MIXES, Collective, check_modes
 from ucxgossip.schedule import Dissemination, Rotated, Schedule
-from ucxgossip.torch_hook.bucket import Bucket, partition
+from ucxgossip.torch_hook.bucket import Bucket, check_device, partition
 
 BUCKET_BYTES = 1 << 22
 _MARK = "_ucxgossip"
@@ -71,12 +74,36 @@ def _check_model(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> No
         raise AlreadyAttachedError(
             "the model or the optimizer is attached already; call detach() first"
         )
+    own = {id(p) for p in model.parameters()}
+    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        raise ModelError("the optimizer holds no parameter of the model")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ModelError(f"{name} is not initialised yet; run one forward before attach")
+        check_device(name, tensor)
     for name, module in model.named_modules():
-        if getattr(module, "sparse", False):
+        if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse:
             raise SparseGradientError(
                 f"module {name or 'model'} ({type(module).__name__}) makes sparse gradients, which "
                 "have no fixed place in a bucket; build it with sparse=False"
             )
+
+
+class _Hook:
+    """A hook that a copy of the model (``copy.deepcopy``, as for an average of weights) lacks."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self.call = call
+
+    def __call__(self, *arguments: Any) -> None:
+        self.call(*arguments)
+
+    def __deepcopy__(self, memo: object) -> _Hook:
+        return _Hook(_nothing)
+
+
+def _nothing(*_: object) -> None:
+    """What a copied model's hooks do."""
 
 
 class Gossip:
@@ -108,7 +135,7 @@ class Gossip:
         self._collective = Collective(group)
         self._synchronising = True
         self._detached = False
-        self._in_backward = False
+        self._in_backward: int | None = None
         self._waits, self._wait_s, self._exchange_s = 0, 0.0, 0.0
         self._rounds, self._bytes, self._distance = 0, 0, 0.0
         self._open: set[Mailbox] = set()  # mailboxes whose last round nobody has waited for
@@ -171,6 +198,7 @@ class Gossip:
         keep(self.optimizer.register_step_pre_hook(self._before_step))
         keep(self.optimizer.register_step_post_hook(self._after_step))
         if self._gradients_travel:
+            self._own_zero_grad = vars(self.optimizer).get("zero_grad")
             self._original_zero_grad = self.optimizer.zero_grad
             self.optimizer.zero_grad = self._zero_grad  # type: ignore[method-assign]
         if self._weights_travel and not self._held:
@@ -179,17 +207,25 @@ class Gossip:
                 own = [owner[id(p)] for p in module.parameters(recurse=False) if id(p) in owner]
                 self._needs[module] = list(dict.fromkeys(own))
                 if own or module is self.model:
-                    keep(module.register_forward_pre_hook(self._before_forward))
-            register_state_dict: Any = self.model.register_state_dict_pre_hook
-            keep(register_state_dict(self._before_state_dict))
+                    # First of all pre-hooks: others (weight_norm) read the parameters.
+                    keep(
+                        module.register_forward_pre_hook(_Hook(self._before_forward), prepend=True)
+                    )
+            for register in (
+                self.model.register_state_dict_pre_hook,
+                self.model.register_load_state_dict_pre_hook,
+            ):
+                chosen: Any = register
+                keep(chosen(_Hook(self._before_state_dict)))
 
     # --- gradients, under backward -------------------------------------------------------------
 
     def _zero_grad(self, set_to_none: bool = True) -> None:
         """The optimizer's ``zero_grad``; gradients that travel are zeroed where they are."""
         self._original_zero_grad(set_to_none)
+        held = {id(p) for each in self.optimizer.param_groups for p in each["params"]}
         for bucket in self._buckets:
-            bucket.reset_gradients()
+            bucket.reset_gradients(held)
 
     def _on_gradient(self, bucket: Bucket, index: int, parameter: torch.Tensor) -> None:
         if parameter.grad is not None and parameter.grad.layout != torch.strided:
@@ -199,11 +235,13 @@ class Gossip:
             )
         if not self._synchronising:
             return
-        if not self._in_backward:
-            self._in_backward = True
+        if self._in_backward is None:
+            self._in_backward = _backward_number()
             for each in self._buckets:
                 each.start_backward()
             torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
+        if self._in_backward != _backward_number():
+            raise self._broken_backward()
         if bucket.posted:
             raise AccumulationError(
                 "a gradient arrived for a bucket that is being exchanged; run all but the last "
@@ -220,7 +258,7 @@ class Gossip:
 
     def _after_backward(self) -> None:
         """Send what backward left out, and wait: gradients are whole when ``backward()`` ends."""
-        self._in_backward = False
+        self._in_backward = None
         unused: list[tuple[Bucket, int]] = []
         for bucket in self._buckets:
             if bucket.posted:
@@ -241,15 +279,25 @@ class Gossip:
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Gradients of a ``backward()`` in here stay local and accumulate, as in DDP."""
-        self._synchronising = False
+        before, self._synchronising = self._synchronising, False
         try:
             yield
         finally:
-            self._synchronising = True
+            self._synchronising = before
 
     # --- weights, after the step ---------------------------------------------------------------
 
+    def _broken_backward(self) -> ExchangeError:
+        return ExchangeError(
+            "the last backward() ended in an exception after some of its gradients were put; the "
+            "ranks are out of step. End the job, or detach() and attach() on all ranks"
+        )
+
     def _before_step(self, *_: object) -> None:
+        if self._in_backward is not None:
+            raise self._broken_backward()
+        for bucket in self._buckets:
+            bucket.check_in_place()
         if self._held:
             self._settle()
         else:
@@ -273,18 +321,16 @@ class Gossip:
     def _before_forward(self, module: torch.nn.Module, _: object) -> None:
         """Wait for the weights that `module` is about to use.
 
-        Which modules are called is learnt in the first forward, under which the root waits for
-        all: a module whose parameters are used without a call of its own (the output projection
+        Which modules are called is learnt in the first forward, under which each waits for all:
+        a module whose parameters are used without a call of its own (the output projection
         of MultiheadAttention) is served by its nearest ancestor that is called.
         """
         if self._learning:
-            if module is self.model:
-                if self._called:
-                    self._learn()
-                else:
-                    self._wait_weights(self._buckets)
+            if module is self.model and self._called:
+                self._learn()
             self._called.add(module)
             if self._learning:
+                self._wait_weights(self._buckets)
                 return
         self._wait_weights(self._needs[module])
 
@@ -300,7 +346,8 @@ class Gossip:
                 self._needs[server] = list(dict.fromkeys(merged))
 
     def _before_state_dict(self, *_: object) -> None:
-        self.wait()
+        if not self.group.failed:  # after a failure nothing moves any more: an emergency checkpoint
+            self.wait()
 
     def _wait_weights(self, buckets: list[Bucket]) -> None:
         for bucket in buckets:
@@ -311,7 +358,9 @@ class Gossip:
         """Block until every weight round under way has ended; the parameters are whole then.
 
         Called by the hooks before a forward, a step and a ``state_dict()``; call it before reading
-        parameters by other ways (``model.parameters()``, a metric on weights).
+        parameters by other ways (``model.parameters()``, a metric on weights). Under ``"awc"``
+        there is nothing to wait for: the weights change in the step only, and may not be written
+        by others between steps.
         """
         self._check_attached()
         if not self._held:
@@ -389,8 +438,8 @@ class Gossip:
         rounds: exchanges of one bucket; bytes: payload put; waits: how often the training thread
         blocked, wait_s: for how many seconds; exchange_s: seconds from post to end, over all
         rounds; hidden: the part of that under compute, 0 to 1; distance: squared distance to the
-        partner in the last round mixed; skipped: rounds left out (none: every rank waits);
-        staleness: by rank received from, in steps.
+        partner in the last round mixed; skipped and staleness (by rank received from, in steps)
+        are for modes that do not wait, of which this release has none: 0 and empty.
         """
         hidden = 1.0 - self._wait_s / self._exchange_s if self._exchange_s > 0 else 1.0
         return {
@@ -419,8 +468,13 @@ class Gossip:
         """
         if self._detached:
             return
-        self._whole()
-        self._leave()
+        try:
+            self._whole()
+        except GossipError as error:
+            self.group.abort(str(error))
+            raise
+        finally:
+            self._leave()
 
     def _leave(self) -> None:
         self._detached = True
@@ -429,6 +483,8 @@ class Gossip:
         self._handles.clear()
         if self._gradients_travel:
             del self.optimizer.zero_grad
+            if self._own_zero_grad is not None:
+                self.optimizer.zero_grad = self._own_zero_grad  # type: ignore[method-assign]
         delattr(self.optimizer, _MARK)
         for bucket in self._buckets:
             for parameter in bucket.parameters:
@@ -450,6 +506,11 @@ class Gossip:
             # Rounds may be under way that will never end: stop them, and tell the others.
             self.group.abort(f"{type(error).__name__}: {error}")
             self._leave()
+
+
+def _backward_number() -> int:
+    """Which backward pass this thread is in; -1 outside of one."""
+    return int(torch._C._current_graph_task_id())
 
 
 def _bytes_of(tensor: torch.Tensor) -> NDArray[np.uint8]:

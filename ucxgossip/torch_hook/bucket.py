@@ -41,13 +41,18 @@ def dense(tensor: torch.Tensor) -> bool:
     return True
 
 
+def check_device(name: str, tensor: torch.Tensor) -> None:
+    """`ArrayError` for a parameter or buffer that is not on the CPU."""
+    if tensor.device.type != "cpu":
+        raise ArrayError(
+            f"{name} is on {tensor.device}; only models on the CPU are served so far. Move the "
+            "model with model.cpu() before attach"
+        )
+
+
 def check_parameter(name: str, parameter: torch.Tensor) -> None:
     """`ArrayError` for a parameter that cannot live in a bucket."""
-    if parameter.device.type != "cpu":
-        raise ArrayError(
-            f"parameter {name} is on {parameter.device}; only models on the CPU are served so "
-            "far. Move the model with model.cpu() before attach"
-        )
+    check_device(name, parameter)
     if parameter.layout != torch.strided:
         raise ArrayError(f"parameter {name} has layout {parameter.layout}; it must be strided")
     if parameter.dtype not in DTYPES:
@@ -125,13 +130,30 @@ class Bucket:
                 if self.gradients is not None and parameter.grad is not None:
                     parameter.grad = parameter.grad.clone()
 
-    def reset_gradients(self) -> None:
-        """Zero the gradients in place of dropping them, so that backward writes here."""
+    def check_in_place(self) -> None:
+        """`ModelError` if a parameter's data is no longer where `adopt` put it."""
+        for parameter, view in zip(self.parameters, self.weights.views, strict=True):
+            if parameter.data_ptr() != view.data_ptr():
+                raise ModelError(
+                    f"a parameter of shape {tuple(parameter.shape)} was given other memory after "
+                    "attach (model.to(), .double(), .data = ...), so "
+                    "it would no longer be averaged; detach() before, attach() again after"
+                )
+
+    def reset_gradients(self, held: set[int]) -> None:
+        """Zero gradients in place of dropping them, so that backward writes here.
+
+        held: ids of the parameters to reset, those of one optimizer.
+        """
         if self.gradients is None:
             return
-        self.gradients.tensor.zero_()
+        whole = all(id(parameter) in held for parameter in self.parameters)
+        if whole:
+            self.gradients.tensor.zero_()
         for parameter, view in zip(self.parameters, self.gradients.views, strict=True):
-            if parameter.requires_grad:
+            if id(parameter) in held and parameter.requires_grad:
+                if not whole:
+                    view.zero_()
                 parameter.grad = view
 
     def start_backward(self) -> None:
@@ -156,10 +178,11 @@ class Bucket:
         assert self.gradients is not None
         parameter, view = self.parameters[index], self.gradients.views[index]
         gradient = parameter.grad
-        if gradient is None:
-            view.zero_()
-        elif gradient.data_ptr() != view.data_ptr():
-            view.copy_(gradient)
+        with torch.no_grad():
+            if gradient is None:
+                view.zero_()
+            elif gradient.data_ptr() != view.data_ptr():
+                view.copy_(gradient)
         parameter.grad = view
 
     def close(self) -> None:
