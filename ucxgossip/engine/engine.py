@@ -65,8 +65,8 @@ class Tuning:
     """
 
     eager: int = 4096
-    spins: int = 20
-    yields: int = 20
+    spins: int = 0
+    yields: int = 40
     chunk: int = 1 << 18
     window: int = 16
 
