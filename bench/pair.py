@@ -109,7 +109,7 @@ class Side:
             self.key.handle,
             param,
         )
-        self.endpoint.wait(put, "ucp_put_nbx", DEADLINE_S)
+        self.endpoint.wait(put, ops.PUT, DEADLINE_S)
 
     def close(self) -> None:
         """Release everything; the other side may be gone."""
@@ -125,7 +125,7 @@ def _deadline() -> int:
 def _check(status: int, what: str) -> None:
     if status == loops.TIMED_OUT:
         raise BenchError(f"{what}: the other process did not answer within {DEADLINE_S:g} s")
-    lib.check(min(status, 0), "ucp_put_nbx", what)
+    lib.check(min(status, 0), ops.PUT, what)
 
 
 class Pair:
@@ -203,7 +203,7 @@ class Pair:
         )
         if put > 0:
             ops.free(put)
-        lib.check(min(put, 0), "ucp_put_nbx")
+        lib.check(min(put, 0), ops.PUT)
         flush = ops.flush(side.endpoint.handle, side.source.param_address)
         deadline = time.monotonic() + seconds
         alone = flush == 0
@@ -213,7 +213,7 @@ class Pair:
         self._flag = self._flag % 255 + 1
         self._tell({"do": "serve", "value": self._flag})
         if flush > 0:
-            side.endpoint.wait(flush, "ucp_ep_flush_nbx", DEADLINE_S)
+            side.endpoint.wait(flush, ops.FLUSH, DEADLINE_S)
         side.raise_flag(self._flag)
         self._hear()
         return alone

@@ -82,14 +82,19 @@ def _probe(transport: str) -> dict[str, Any]:
     """Run `main` in a child whose UCX writes its choice of protocols to a file."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "ucx.log"
-        child = subprocess.run(
-            [sys.executable, "-m", "ucxgossip.doctor", transport],
-            env={**os.environ, "UCX_LOG_FILE": str(log)},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=_PROBE_S,
-            check=False,
-        )
+        try:
+            child = subprocess.run(
+                [sys.executable, "-m", "ucxgossip.doctor", transport],
+                env={**os.environ, "UCX_LOG_FILE": str(log)},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=_PROBE_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise BenchError(
+                f"doctor: the probe over {transport} did not end within {_PROBE_S:g} s"
+            ) from None
         if child.returncode:
             said = child.stderr.decode(errors="replace").strip().splitlines()[-1:]
             raise BenchError(f"doctor: the probe over {transport} failed: {''.join(said)}")

@@ -37,6 +37,7 @@ from ucxgossip.errors import (
 )
 from ucxgossip.mailbox import Layout, Mailbox, parse_description
 from ucxgossip.schedule import Dissemination, Rotated, Round, Schedule
+from ucxgossip.ucp import ops
 from ucxgossip.ucp.context import TRANSPORTS, Context
 from ucxgossip.ucp.lib import status_name
 from ucxgossip.ucp.memory import MemoryRegion, RemoteKey
@@ -306,8 +307,11 @@ class Group:
         if self.engine.table.item(mailbox.index, w.STATE) == w.FAILED:
             row = self.engine.table[mailbox.index]
             status = int(row[w.FAILURE])
-            partner = f"rank {self.rank}, to rank {int(row[w.TO])}, round {int(row[w.ROUND])}"
-            self._fail(UCXError("ucp_put_nbx", status, status_name(status), partner))
+            where = (
+                f"round {int(row[w.ROUND])} of rank {self.rank}, with ranks {int(row[w.TO])} (to) "
+                f"and {int(row[w.FROM])} (from)"
+            )
+            self._fail(UCXError(ops.PUT, status, status_name(status), where))
 
     def run(
         self,

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ucxgossip import jit
 from ucxgossip.errors import ArgumentError
 from ucxgossip.schedule import Round
 from ucxgossip.ucp.context import Context
@@ -40,6 +41,7 @@ MAX_ROUND = 1 << 47
 _BLOB = struct.Struct("<QQ")
 
 
+@jit.njit
 def signal_word(epoch: int, number: int) -> int:
     """The word that says "this chunk of round `number` is there"; never 0."""
     return (epoch << 48) | (number + 1)

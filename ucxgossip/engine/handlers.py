@@ -14,7 +14,7 @@ from numba import types
 
 from ucxgossip import jit
 from ucxgossip.engine import words as w
-from ucxgossip.mailbox import CREDIT_WINDOW
+from ucxgossip.mailbox import CREDIT_WINDOW, signal_word
 
 _WINDOW_MASK = CREDIT_WINDOW - 1
 
@@ -69,17 +69,17 @@ def signal_words(mailbox: Any) -> Any:
 @jit.njit
 def arrived(engine: Any, mailbox: Any, number: int, chunk: int) -> bool:
     """Whether chunk `chunk` of round `number` is in its slot."""
-    expected = (engine[w.EPOCH] << 48) | (number + 1)
+    expected = signal_word(engine[w.EPOCH], number)
     index = signal_index(mailbox, number, chunk)
-    return jit.load_acquire(signal_words(mailbox), index) == expected  # type: ignore[no-any-return]
+    return jit.load_acquire(signal_words(mailbox), index) == expected
 
 
 @jit.njit
 def seen(engine: Any, mailbox: Any, number: int, chunk: int) -> bool:
     """Whether the signal of a bell has become visible, be it overwritten by a later round's."""
-    expected = (engine[w.EPOCH] << 48) | (number + 1)
+    expected = signal_word(engine[w.EPOCH], number)
     index = signal_index(mailbox, number, chunk)
-    return jit.load_acquire(signal_words(mailbox), index) >= expected  # type: ignore[no-any-return]
+    return jit.load_acquire(signal_words(mailbox), index) >= expected
 
 
 @jit.njit
@@ -96,7 +96,7 @@ def on_data(
             return 0
         slot = number % mailbox[w.DEPTH]
         jit.copy_memory(mailbox[w.SLOTS] + slot * mailbox[w.STRIDE], data, nbytes)
-        expected = (engine[w.EPOCH] << 48) | (number + 1)
+        expected = signal_word(engine[w.EPOCH], number)
         jit.store_release(signal_words(mailbox), signal_index(mailbox, number, 0), expected)
     return 0
 
@@ -120,7 +120,8 @@ def on_bell(
     address: int, header: int, header_bytes: int, data: int, nbytes: int, param: int
 ) -> int:
     """A put was signalled. UCX orders no message after a put, so the signal may come later than
-    its bell: it is noted, and nobody sleeps before it is seen.
+    its bell: it is noted, and nobody sleeps before it is seen. (Beyond UNSEEN_MAX at a time they
+    are not noted; a sleep ends by itself after a second.)
     """
     engine, fits = _header(address, header, header_bytes)
     if fits:

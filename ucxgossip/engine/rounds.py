@@ -24,7 +24,7 @@ from ucxgossip import jit
 from ucxgossip.engine import words as w
 from ucxgossip.engine.handlers import arrived, mailbox_floats, mailbox_words, signal_index
 from ucxgossip.kernels.cpu import mix
-from ucxgossip.mailbox import CREDIT_WINDOW, SIGNAL_RING
+from ucxgossip.mailbox import CREDIT_WINDOW, SIGNAL_RING, signal_word
 from ucxgossip.ucp import ops
 
 _WINDOW_MASK = CREDIT_WINDOW - 1
@@ -91,7 +91,6 @@ def _credited(mailbox: Any) -> bool:
     if credits[mailbox[w.ROUND] & _WINDOW_MASK] != mailbox[w.ROUND] + 1:
         return False
     mailbox[w.NEED_CREDIT] = 0
-    mailbox[w.CREDITED_NS] = jit.now_ns()
     return True
 
 
@@ -117,7 +116,7 @@ def _store_signalled(engine: Any, mailbox: Any, part: int, offset: int, nbytes: 
     slot = direct + mailbox[w.SLOTS_OFFSET] + (number % mailbox[w.DEPTH]) * mailbox[w.STRIDE]
     jit.copy_memory(slot + offset, mailbox[w.SOURCE] + offset, nbytes)
     signals = direct + mailbox[w.SIGNALS_OFFSET] + 8 * signal_index(mailbox, number, part)
-    jit.store_release(jit.view_words(signals, 1), 0, (engine[w.EPOCH] << 48) | (number + 1))
+    jit.store_release(jit.view_words(signals, 1), 0, signal_word(engine[w.EPOCH], number))
     return _ring(engine, mailbox, part)
 
 
@@ -145,7 +144,7 @@ def _put_signalled(engine: Any, mailbox: Any, part: int, offset: int, nbytes: in
         return status
     index = signal_index(mailbox, number, part)
     word = mailbox[w.OUTGOING] + 8 * (number % SIGNAL_RING)
-    jit.view_words(word, 1)[0] = (engine[w.EPOCH] << 48) | (number + 1)
+    jit.view_words(word, 1)[0] = signal_word(engine[w.EPOCH], number)
     remote = base + mailbox[w.SIGNALS_OFFSET] + 8 * index
     status = _forget(ops.put(endpoint, word, 8, remote, key, mailbox[w.OUT_PARAM]))
     if status == 0:
@@ -319,9 +318,7 @@ def post(
     mailbox[w.SENT] = 0
     mailbox[w.MIXED] = 0
     mailbox[w.FAILURE] = 0
-    now = jit.now_ns()
-    mailbox[w.POSTED_NS] = now
-    mailbox[w.CREDITED_NS] = now
+    mailbox[w.POSTED_NS] = jit.now_ns()
     floats[w.ALPHA] = alpha
     floats[w.DISTANCE] = 0.0
     jit.store_release(mailbox, w.STATE, w.ACTIVE)

@@ -78,8 +78,7 @@ SENT = 34  # chunks whose source may change
 MIXED = 35  # chunks mixed
 FAILURE = 36  # a negative ucs_status_t
 POSTED_NS = 37
-CREDITED_NS = 38
-DONE_NS = 39
+DONE_NS = 38
 MAILBOX_WORDS = 40
 
 # --- floats of a mailbox -----------------------------------------------------------------------

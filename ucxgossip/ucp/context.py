@@ -23,7 +23,7 @@ TRANSPORTS: dict[str, dict[str, str]] = {
 """UCX settings by transport name.
 
 Without cma and sysv: with them larger puts take another lane than small ones, and an endpoint
-fence must then flush (design facts 5 and 7; docs/protocol.md).
+fence must then flush (docs/protocol.md).
 """
 
 COMMON: dict[str, tuple[str, tuple[int, int, int]]] = {

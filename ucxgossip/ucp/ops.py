@@ -16,6 +16,10 @@ from numba import types
 from ucxgossip import jit
 from ucxgossip.ucp import lib
 
+PUT = "ucp_put_nbx"
+FLUSH = "ucp_ep_flush_nbx"
+"""What an error of these calls is named by."""
+
 _word = types.int64
 _uint = types.uint32
 _status = types.int8
