@@ -34,7 +34,6 @@ bench: .venv/ready build/compiled
 	$(BIN)/ucxgossip bench put --transport shm --sizes $(SIZES) --against ucx_perftest --json out/put-shm.json
 	$(BIN)/ucxgossip bench exchange --transport tcp --ranks 2,4 --sizes $(SIZES) --against $(PEERS) --json out/exchange-tcp.json
 	$(BIN)/ucxgossip bench exchange --transport shm --ranks 2,4 --sizes $(SIZES) --against $(PEERS) --json out/exchange-shm.json
-	$(BIN)/ucxgossip bench kernels --json out/kernels.json
 
 # torch comes first, and by itself: the package's own requirement would admit any build of it.
 .venv/ready: setup.cfg

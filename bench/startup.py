@@ -16,12 +16,13 @@ def main() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Linear(256, 10))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     times = [time.perf_counter()]
-    import ucxgossip as ug
+    from ucxgossip.group import join
+    from ucxgossip.torch_hook import attach
 
     times.append(time.perf_counter())
-    with ug.join() as group:
+    with join() as group:
         times.append(time.perf_counter())
-        with ug.attach(model, optimizer, group):
+        with attach(model, optimizer, group):
             times.append(time.perf_counter())
     parts = [after - before for before, after in zip(times, times[1:], strict=False)]
     print(

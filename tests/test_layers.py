@@ -11,7 +11,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 # "name.*" is a package with all its modules; "name" is one module, or a package's __init__.
 FLOORS = {
-    0: ("errors", "schedule", "jit", "kernels.*"),
+    0: ("errors", "schedule", "jit", "kernels.*", "store"),
     1: ("ucp.abi", "ucp.lib", "rendezvous"),
     2: (
         "ucp",
@@ -35,6 +35,7 @@ FLOORS = {
 NEIGHBOURS = {
     "schedule": {"errors"},
     "jit": {"errors"},
+    "store": {"errors"},
     "kernels": {"errors", "jit"},
     "doctor": {"bench"},
     "cli": {"bench", "doctor"},
@@ -42,7 +43,7 @@ NEIGHBOURS = {
 }
 
 TORCH_USERS = {"torch_hook", "bench", "doctor", "cli"}
-LAZY_TORCH_USERS = {"rendezvous"}  # inside a function only
+LAZY_TORCH_USERS = {"store"}  # inside a function only
 
 
 def family(module: str) -> str:
@@ -157,7 +158,7 @@ def test_neighbours_share_a_floor_and_do_not_lean_on_each_other() -> None:
         ("ucxgossip/ucp/worker.py", "from .context import Context\nfrom ..errors import UCXError"),
         ("ucxgossip/engine/__init__.py", "from .loop import Engine"),
         ("ucxgossip/schedule.py", "from ucxgossip.errors import GossipError"),
-        ("ucxgossip/rendezvous.py", "def store():\n    from torch.distributed import TCPStore"),
+        ("ucxgossip/store.py", "def store():\n    from torch.distributed import TCPStore"),
         ("ucxgossip/torch_hook/ddp.py", "import torch\nfrom ucxgossip.mixing import Mix"),
         ("ucxgossip/__init__.py", "from ucxgossip.torch_hook import attach\nfrom .cli import main"),
         ("kernels/cpu.py", "import ucxgossip.kernels.contract\nfrom ucxgossip.jit import njit"),
@@ -244,9 +245,9 @@ def test_allowed(path: str, source: str) -> None:
             "ucxgossip/mixing.py:2: mixing imports torch",
         ),
         (
-            "ucxgossip/rendezvous.py",
+            "ucxgossip/store.py",
             "from torch.distributed import TCPStore",
-            "ucxgossip/rendezvous.py:1: rendezvous imports torch",
+            "ucxgossip/store.py:1: store imports torch",
         ),
         (
             "ucxgossip/extra.py",

@@ -17,7 +17,8 @@ from ucxgossip.errors import (
     RankMissingError,
     RendezvousError,
 )
-from ucxgossip.rendezvous import Place, Rendezvous, Store, first_difference, open_store
+from ucxgossip.rendezvous import Rendezvous, first_difference
+from ucxgossip.store import Place, Store, open_store
 
 Ranks = Callable[..., list[Any]]
 Facts = Mapping[str, object]

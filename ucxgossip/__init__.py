@@ -20,7 +20,8 @@ from ucxgossip.schedule import (
 )
 
 if TYPE_CHECKING:
-    from ucxgossip.torch_hook.attach import Gossip, attach
+    from ucxgossip.torch_hook.attach import attach
+    from ucxgossip.torch_hook.gossip import Gossip
 
 __version__ = "0.1.0"
 

@@ -20,7 +20,6 @@ from typing import Any, NoReturn, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ucxgossip import rendezvous
 from ucxgossip.engine import Engine, Post, Tuning
 from ucxgossip.engine import words as w
 from ucxgossip.errors import (
@@ -36,7 +35,9 @@ from ucxgossip.errors import (
     UCXError,
 )
 from ucxgossip.mailbox import Layout, Mailbox, parse_description
+from ucxgossip.rendezvous import Rendezvous
 from ucxgossip.schedule import Dissemination, Rotated, Round, Schedule
+from ucxgossip.store import Place, Solitary, Store, open_store
 from ucxgossip.ucp import ops
 from ucxgossip.ucp.context import TRANSPORTS, Context
 from ucxgossip.ucp.lib import status_name
@@ -95,7 +96,7 @@ class Buffer:
 def join(
     rank: int | None = None,
     size: int | None = None,
-    store: rendezvous.Store | None = None,
+    store: Store | None = None,
     transport: str = "auto",
     timeout: float = DEFAULT_TIMEOUT,
     settings: Mapping[str, str] | None = None,
@@ -105,7 +106,7 @@ def join(
 
     rank, size, store: from torchrun's environment by default (RANK, WORLD_SIZE, MASTER_ADDR,
     MASTER_PORT; without them, a job of one rank). `store` is anything with the methods of
-    ``torch.distributed.Store`` that `rendezvous.Store` lists. transport: ``"auto"``, ``"tcp"`` or
+    ``torch.distributed.Store`` that `store.Store` lists. transport: ``"auto"``, ``"tcp"`` or
     ``"shm"``. timeout: seconds that any wait of this group may take. settings: UCX settings by
     name. tuning: constants of the engine.
 
@@ -117,10 +118,10 @@ def join(
         raise ArgumentError(f"unknown transport {transport!r}; choose one of {known}")
     if not 0 < timeout < math.inf:
         raise ArgumentError(f"timeout is {timeout}; must be a positive number of seconds")
-    place = rendezvous.Place.from_environment(rank, size)
+    place = Place.from_environment(rank, size)
     if store is None:
-        store = _Solitary() if place.size == 1 else rendezvous.open_store(place, timeout)
-    meeting = rendezvous.Rendezvous(store, place.rank, place.size, timeout)
+        store = Solitary() if place.size == 1 else open_store(place, timeout)
+    meeting = Rendezvous(store, place.rank, place.size, timeout)
     chosen = dict(settings or {})
     if place.local_size == place.size:
         chosen.setdefault("NET_DEVICES", "lo")
@@ -137,35 +138,10 @@ def join(
         raise
 
 
-class _Solitary:
-    """The store of a job of one rank: a dictionary."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, bytes] = {}
-
-    def set(self, key: str, value: Any) -> None:
-        self._values[key] = value.encode() if isinstance(value, str) else value
-
-    def get(self, key: str) -> bytes:
-        return self._values[key]
-
-    def add(self, key: str, amount: int) -> int:
-        value = int(self._values.get(key, b"0")) + amount
-        self._values[key] = str(value).encode()
-        return value
-
-    def check(self, keys: list[str]) -> bool:
-        return all(key in self._values for key in keys)
-
-    def wait(self, keys: list[str], timeout: object) -> None:
-        if not self.check(keys):
-            raise TimeoutError(f"timeout: {keys}")
-
-
 class Group:
     """The ranks of a job and what goes between them. Made by `join`."""
 
-    def __init__(self, context: Context, meeting: rendezvous.Rendezvous, tuning: Tuning) -> None:
+    def __init__(self, context: Context, meeting: Rendezvous, tuning: Tuning) -> None:
         self.context, self.tuning = context, tuning
         self.rank, self.size, self.timeout = meeting.rank, meeting.size, meeting.timeout
         self._meeting = meeting
