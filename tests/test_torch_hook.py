@@ -454,6 +454,9 @@ def test_bad_model_changes_nothing(
         ({"schedule": Dissemination(2)}, "is for 2 ranks"),
         ({"schedule": "ring"}, "not a schedule"),
         ({"bucket_bytes": 0}, "bucket_bytes"),
+        ({"mix": "push_sum"}, "unknown mix 'push_sum'"),
+        ({"optimizer_state": True}, "serves optimizer_state=False"),
+        ({"staleness": 1}, "staleness=1"),
     ],
 )
 def test_bad_arguments(store: Any, arguments: dict[str, Any], word: str) -> None:

@@ -26,7 +26,9 @@ def attach(
     group: Group,
     mix: str = "both",
     combine: str = "atc",
+    optimizer_state: bool = False,
     schedule: Schedule | None = None,
+    staleness: int = 0,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> Gossip:
     """Make `model` and `optimizer` gossip within `group`. Collective.
@@ -35,13 +37,20 @@ def attach(
     (half the bytes) or ``"gradients"`` (the replicas drift apart: for comparison only). combine:
     ``"atc"`` averages the weights after the optimizer's step, ``"awc"`` averages the weights from
     before it, beside it. schedule: `Rotated(Dissemination(size), seed=0)` by default.
-    bucket_bytes: size of what travels at a time.
+    bucket_bytes: size of what travels at a time. optimizer_state and staleness are the places of
+    modes to come; this release serves False (the optimizer's state stays local) and 0 (every rank
+    waits for its partner).
 
     The model starts from rank 0's weights and buffers. Everything is checked, and agreed on by
     all ranks, before anything changes: `ModelError`, `ArrayError`, `AlreadyAttachedError`,
     `SparseGradientError`, `ScheduleError`, `ArgumentError`, `MismatchError`.
     """
     check_modes(mix, combine)
+    if optimizer_state is not False or staleness != 0:
+        raise ArgumentError(
+            f"optimizer_state={optimizer_state!r}, staleness={staleness!r}: this release serves "
+            "optimizer_state=False and staleness=0 only"
+        )
     _check_model(model, optimizer)
     if bucket_bytes < 1:
         raise ArgumentError(f"bucket_bytes is {bucket_bytes}; must be at least 1")
