@@ -54,7 +54,7 @@ TUNING: dict[str, Tuning] = {
     "shm": Tuning(chunk=1 << 18, window=16),
     "auto": Tuning(chunk=1 << 18, window=16),
 }
-"""Chunk and window by transport, as measured on loopback (docs/protocol.md)."""
+"""Chunk and window by transport: starting values, to be tuned by measurement."""
 
 _OPERATIONS = {np.dtype(np.float32): w.MIX_FLOAT32, np.dtype(np.float64): w.MIX_FLOAT64}
 

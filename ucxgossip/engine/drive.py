@@ -6,9 +6,9 @@ round would pay two thread switches for each one, so whoever waits drives: the e
 back (`DRIVERS`), and comes back when no caller has driven for a millisecond. One lock serialises
 the UCX worker.
 
-A driver spins for a few passes, then yields the core for a few, then arms the worker and sleeps in
-poll(2): spinning collapses when ranks outnumber cores, and sleeping at once costs a system call
-and a wake-up on each message. Nobody sleeps while a bell's signal is unseen.
+A driver that finds nothing to do yields the core a few times, then arms the worker and sleeps in
+poll(2): spinning costs where ranks outnumber cores (docs/performance.md), and sleeping at once
+costs a system call and a wake-up on each message. Nobody sleeps while a bell's signal is unseen.
 """
 
 from __future__ import annotations

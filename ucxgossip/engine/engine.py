@@ -57,7 +57,9 @@ class Post(NamedTuple):
 
 @dataclass(frozen=True)
 class Tuning:
-    """Constants of the engine; docs/performance.md has the measurements behind the defaults.
+    """Constants of the engine.
+
+    Measured: spins and yields (docs/performance.md). The others are starting values.
 
     eager: largest payload (bytes) that travels in one message with its signal. spins, yields:
     idle passes before yielding, and before sleeping. chunk (bytes) and window (chunks): what is

@@ -85,11 +85,6 @@ class Flat:
         ]
         self.buffer = Buffer.of(self.array, self.region)
 
-    def close(self) -> None:
-        """Free the memory; no view may be in use."""
-        self.views.clear()
-        self.region.close()
-
 
 class Bucket:
     """Some parameters of one dtype: their weights, gradients and the mailboxes of both.
@@ -184,12 +179,6 @@ class Bucket:
             elif gradient.data_ptr() != view.data_ptr():
                 view.copy_(gradient)
         parameter.grad = view
-
-    def close(self) -> None:
-        """Free the flat memory; `release` comes before."""
-        self.weights.close()
-        if self.gradients is not None:
-            self.gradients.close()
 
 
 def partition(
