@@ -1,0 +1,141 @@
+"""Partners by lot, the same lot on all ranks: `Rotated`, `RandomMatching`."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from ucxgossip.schedule.base import (
+    ALONE,
+    Round,
+    Schedule,
+    check_inner,
+    check_place,
+    check_size,
+    check_whole,
+    endless,
+    rounds_to_reach,
+)
+
+_BLOCK = 64
+"""Shuffles drawn together: one draw costs 15 us, a step over shared memory 5."""
+
+
+class Shuffles:
+    """An endless list of shuffles of `size` ranks, equal wherever `seed` is equal."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self._size, self._seed = size, seed
+        self._blocks: dict[int, tuple[list[list[int]], list[list[int]]]] = {}
+
+    def at(self, turn: int) -> tuple[list[int], list[int]]:
+        """Which rank stands at each place in shuffle `turn`, and each rank's place."""
+        number, index = divmod(turn, _BLOCK)
+        if number not in self._blocks:
+            if len(self._blocks) > 1:
+                del self._blocks[min(self._blocks)]
+            places = np.tile(np.arange(self._size), (_BLOCK, 1))
+            ranks = np.random.default_rng((self._seed, number)).permuted(places, axis=1)
+            self._blocks[number] = ranks.tolist(), np.argsort(ranks, axis=1).tolist()
+        ranks_at, places_of = self._blocks[number]
+        return ranks_at[index], places_of[index]
+
+
+class Rotated:
+    """`inner` over a fresh shuffle of the ranks for each of its periods.
+
+    The shuffle is drawn from `seed` and the period's number, so that it is the same on all ranks,
+    and never changes within a period. GossipGraD's partner rotation (arXiv 1803.05880, section 5).
+    Over a `Hierarchical` it would mix up which ranks share a node: rotate inside that one instead.
+    """
+
+    repeats: ClassVar[bool] = False
+
+    def __init__(self, inner: Schedule, seed: int = 0) -> None:
+        check_inner("Rotated", inner)
+        check_whole("Rotated", "seed", seed, 0)
+        self.inner, self.seed = inner, seed
+        self._shuffles = Shuffles(inner.size, seed)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.inner.size
+
+    @property
+    def period(self) -> int:
+        """The inner schedule's period."""
+        return self.inner.period
+
+    @property
+    def endless(self) -> bool:
+        """Whether the inner schedule goes on for ever."""
+        return endless(self.inner)
+
+    def round(self, rank: int, step: int) -> Round:
+        """The part of `rank` in `step`."""
+        check_place(self, rank, step)
+        rank_at, place_of = self._shuffles.at(step // self.period)
+        place = self.inner.round(place_of[rank], step)
+        return Round(
+            None if place.to is None else rank_at[place.to],
+            None if place.sender is None else rank_at[place.sender],
+            place.weight,
+        )
+
+    def describe(self) -> str:
+        """``Rotated(Dissemination(8), seed=0)``."""
+        return f"Rotated({self.inner.describe()}, seed={self.seed})"
+
+    def __repr__(self) -> str:
+        return self.describe()
+
+
+class RandomMatching:
+    """Ranks exchange in pairs drawn anew for each step; where `size` is odd one rank is alone.
+
+    The pairs are drawn from `seed` and the step, so that they are the same on all ranks, and every
+    matching is equally likely. Randomized gossip (Boyd, Ghosh, Prabhakar, Shah 2006), with all
+    pairs of a step at once.
+    """
+
+    repeats: ClassVar[bool] = False
+    endless: ClassVar[bool] = True
+
+    def __init__(self, size: int, seed: int = 0) -> None:
+        check_size("RandomMatching", size)
+        check_whole("RandomMatching", "seed", seed, 0)
+        self._size, self.seed = size, seed
+        self._shuffles = Shuffles(size, seed)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return self._size
+
+    @property
+    def period(self) -> int:
+        """ceil(log2 size) steps: the fewest in which any exchange in pairs can reach all.
+
+        Nothing repeats and nothing is complete by then: random pairs meet twice now and again, so
+        that what a rank knows reaches all a few steps later. It is the unit to compare by.
+        """
+        return rounds_to_reach(self._size)
+
+    def round(self, rank: int, step: int) -> Round:
+        """The part of `rank` in `step`: to and from the same partner, or alone."""
+        check_place(self, rank, step)
+        rank_at, place_of = self._shuffles.at(step)
+        place = place_of[rank] ^ 1
+        if place == self._size:
+            return ALONE
+        partner = rank_at[place]
+        return Round(partner, partner)
+
+    def describe(self) -> str:
+        """``RandomMatching(8, seed=0)``."""
+        return f"RandomMatching({self._size}, seed={self.seed})"
+
+    def __repr__(self) -> str:
+        return self.describe()
