@@ -12,7 +12,7 @@ import pytest
 import ucxgossip as ug
 from ucxgossip import errors
 from ucxgossip.group import Buffer
-from ucxgossip.mixing import PIECE, Collective
+from ucxgossip.mixing.collective import PIECE, Collective
 from ucxgossip.schedule import Dissemination, Rotated
 
 Ranks = Callable[..., list[Any]]

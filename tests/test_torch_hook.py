@@ -295,7 +295,7 @@ def test_modules_used_without_a_call_are_waited_for(job: Callable[..., list[Any]
                 model(torch.randn(3, 2, 8)).square().mean().backward()
                 optimizer.step()
                 if step == 2:
-                    served = gossip._needs[attention]
+                    served = gossip._forward._needs[attention]
                     names = {id(p) for bucket in served for p in bucket.parameters}
                     assert id(attention.out_proj.weight) in names
                     assert id(attention.in_proj_weight) in names
@@ -313,7 +313,7 @@ def test_state_dict_and_eval_see_whole_rounds(job: Callable[..., list[Any]]) -> 
                 F.cross_entropy(model(batch(group.rank, step)[0]), batch(0, step)[1]).backward()
                 optimizer.step()
                 model.state_dict()
-                boxes = [bucket.weights_box for bucket in gossip._buckets]
+                boxes = [bucket.weights_stream.mailbox for bucket in gossip._buckets]
                 assert not any(group.engine.active(box) for box in boxes if box)
 
     check(job(3, body))
@@ -454,9 +454,10 @@ def test_bad_model_changes_nothing(
         ({"schedule": Dissemination(2)}, "is for 2 ranks"),
         ({"schedule": "ring"}, "not a schedule"),
         ({"bucket_bytes": 0}, "bucket_bytes"),
-        ({"mix": "push_sum"}, "unknown mix 'push_sum'"),
-        ({"optimizer_state": True}, "serves optimizer_state=False"),
-        ({"staleness": 1}, "staleness=1"),
+        ({"mix": "push_sum", "staleness": 1}, "waits for nobody already"),
+        ({"staleness": 0.5}, "staleness is 0.5"),
+        ({"schedule": ug.Broadcast(1)}, "ends after 1 step"),
+        ({"schedule": Rotated(Dissemination(1)), "mix": "push_sum"}, "keeps a slot for each"),
     ],
 )
 def test_bad_arguments(store: Any, arguments: dict[str, Any], word: str) -> None:
@@ -561,7 +562,7 @@ def test_submodules_called_by_themselves_are_waited_for(job: Callable[..., list[
         model = small_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with ug.attach(model, optimizer, group, mix="weights", bucket_bytes=64) as gossip:
-            boxes = [bucket.weights_box for bucket in gossip._buckets]
+            boxes = [bucket.weights_stream.mailbox for bucket in gossip._buckets]
             for step in range(4):
                 optimizer.zero_grad()
                 x, y = batch(group.rank, step)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ucxgossip import errors, ucp
 from ucxgossip.engine import Tuning
 from ucxgossip.group import Group, join
+from ucxgossip.mixing import Nesterov
 from ucxgossip.schedule import (
     Broadcast,
     Dissemination,
@@ -31,6 +32,7 @@ __all__ = [
     "GlobalAverage",
     "Gossip",
     "Group",
+    "Nesterov",
     "Rotated",
     "Round",
     "Schedule",

@@ -13,14 +13,14 @@ import mmap
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ucxgossip.engine import Engine, Post, Tuning
+from ucxgossip.engine import Engine, Post, Tuning, rounds
 from ucxgossip.engine import words as w
 from ucxgossip.errors import (
     ArgumentError,
@@ -56,7 +56,11 @@ TUNING: dict[str, Tuning] = {
 }
 """Chunk and window by transport: starting values, to be tuned by measurement."""
 
-_OPERATIONS = {np.dtype(np.float32): w.MIX_FLOAT32, np.dtype(np.float64): w.MIX_FLOAT64}
+_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+_OPERATIONS: dict[str, dict[np.dtype[Any], int]] = {
+    "mix": {_FLOAT32: w.MIX_FLOAT32, _FLOAT64: w.MIX_FLOAT64},
+    "delta": {_FLOAT32: w.DELTA_FLOAT32, _FLOAT64: w.DELTA_FLOAT64},
+}
 
 
 @dataclass(frozen=True)
@@ -176,6 +180,12 @@ class Group:
         self._check_usable()
         self._meeting.agree(name, facts)
 
+    def gather(self, name: str, blob: bytes) -> list[bytes]:
+        """Every rank's `blob`, by rank. Collective; each name once."""
+        self._check_usable()
+        self._meeting.publish(name, blob)
+        return [self._meeting.collect(name, rank) for rank in range(self.size)]
+
     def mailbox(self, nbytes: int, depth: int = 2) -> Mailbox:
         """A stream of rounds of at most `nbytes` each, `depth` of which may wait. Collective."""
         self._check_usable()
@@ -229,16 +239,17 @@ class Group:
         target: Buffer,
         this: Round,
         ahead: Round | None = None,
-        mix: bool = True,
+        how: str = "mix",
         held: bool = False,
         kick: bool = True,
     ) -> None:
         """Start the next round of `mailbox` and return.
 
-        source goes to ``this.to``; what ``this.sender`` puts is mixed into (mix=False: copied to)
-        target. ahead: the mailbox's round `depth` later, if it is known: its sender gets its
-        credit as soon as the slot is free, and may then put before this rank posts. Without it
-        the credit goes out when that round is posted. All rounds of one mailbox are of one kind.
+        source goes to ``this.to``; what ``this.sender`` puts is taken into target: ``"mix"``, or
+        ``"copy"``, or ``"delta"`` (target becomes what mixing would add to it). ahead: the
+        mailbox's round `depth` later, if it is known: its sender gets its credit as soon as the
+        slot is free, and may then put before this rank posts. Without it the credit goes out when
+        that round is posted. All rounds of one mailbox are of one kind.
         """
         self._check_usable()
         for rank in (this.to, this.sender, ahead.sender if ahead else None):
@@ -254,11 +265,11 @@ class Group:
                 nbytes=source.nbytes,
                 to=-1 if this.to is None else this.to,
                 sender=-1 if this.sender is None else this.sender,
-                operation=_OPERATIONS[target.dtype] if mix else w.COPY,
+                operation=w.COPY if how == "copy" else _OPERATIONS[how][target.dtype],
                 alpha=this.weight,
                 source_param=source.param,
                 held=int(held),
-                need_credit=int(not early or mailbox.round >= mailbox.layout.depth),
+                need_credit=int(not early or mailbox.round >= mailbox.base + mailbox.layout.depth),
                 grant_now=-1 if early or this.sender is None else this.sender,
                 grant_next=-1 if ahead is None or ahead.sender is None else ahead.sender,
             ),
@@ -306,7 +317,7 @@ class Group:
             if this.to is None and this.sender is None:
                 mailbox.round += 1
                 continue
-            self.post(mailbox, buffer, buffer, this, mix=not copy, kick=False)
+            self.post(mailbox, buffer, buffer, this, how="copy" if copy else "mix", kick=False)
             self.wait(mailbox)
 
     def exchange(
@@ -326,7 +337,7 @@ class Group:
         """
         self._check_usable()
         buffer = self._buffer_of(array)
-        if mix and buffer.dtype not in _OPERATIONS:
+        if mix and buffer.dtype not in _OPERATIONS["mix"]:
             raise ArrayError(f"the array is {buffer.dtype}; float32 and float64 can be mixed")
         chosen = self.check_schedule(schedule or self._default_schedule)
         box = self._mailbox_of_exchange(buffer, chosen) if mailbox is None else mailbox
@@ -342,7 +353,8 @@ class Group:
             return array if mix else array.copy()
         # A copy, not empty memory: a schedule may give this rank nobody to receive from.
         target = buffer if mix else Buffer.of(array.copy())
-        self.post_scheduled(box, buffer, target, chosen, box.round, mix=mix, kick=False)
+        how = "mix" if mix else "copy"
+        self.post_scheduled(box, buffer, target, chosen, box.round, how=how, kick=False)
         self.wait(box)
         return array if mix else target.owner  # type: ignore[return-value]
 
@@ -359,15 +371,43 @@ class Group:
         target: Buffer,
         schedule: Schedule,
         step: int,
-        mix: bool = True,
+        stride: int = 1,
+        weight: float = 1.0,
+        how: str = "mix",
         held: bool = False,
         kick: bool = True,
     ) -> None:
-        """`post` the round of `step` on a mailbox whose rounds all follow `schedule`."""
+        """`post` the round of `step` on a mailbox that serves every `stride`-th step of `schedule`.
+
+        weight: factor on the schedule's weights.
+        """
         this = mailbox.ahead.pop(step, None) or schedule.round(self.rank, step)
-        later = step + mailbox.layout.depth
+        later = step + stride * mailbox.layout.depth
         ahead = mailbox.ahead[later] = schedule.round(self.rank, later)
-        self.post(mailbox, source, target, this, ahead, mix, held, kick)
+        if weight != 1.0:
+            this = replace(this, weight=weight * this.weight)
+        self.post(mailbox, source, target, this, ahead, how, held, kick)
+
+    def restart(self, mailbox: Mailbox) -> None:
+        """Begin anew with all slots free, so that the next round may follow any step.
+
+        Collective in effect: between this and the last round all ranks have met (`agree`).
+        """
+        mailbox.round += mailbox.layout.depth  # beyond the rounds whose credits are given out
+        mailbox.base = mailbox.round
+        mailbox.ahead.clear()
+
+    def grant(self, mailbox: Mailbox, rank: int, number: int) -> None:
+        """Tell `rank` that the slot of round `number` of `mailbox` is free."""
+        with self.engine.locked():
+            status = rounds.grant(self.engine.words, self.engine.table[mailbox.index], rank, number)
+        if status < 0:
+            self._fail(UCXError(ops.SEND, int(status), status_name(int(status)), "a credit"))
+
+    def raise_if_failed(self) -> None:
+        """`PeerError` if another rank left with an error, `ExchangeError` if this one did."""
+        self._check_usable()
+        self._look_for_errors_of_others()
 
     def check_schedule(self, schedule: Schedule) -> Schedule:
         """`schedule` if it fits this group; `ScheduleError` else."""

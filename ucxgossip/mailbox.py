@@ -111,9 +111,10 @@ class Layout:
 class Mailbox:
     """One stream of rounds: a region laid out by `layout`, and where its twins stand elsewhere.
 
-    `index` is its row in the engine's table, `round` the number of the next round, `ahead` this
-    rank's parts in rounds whose writer has its credit already. `in_flight` keeps the memory of the
-    last round alive, which a put or a mix may touch until the next one is posted.
+    `index` is its row in the engine's table, `round` the number of the next round, `base` that of
+    the first since the last restart, `ahead` this rank's parts, by step, in rounds whose writer
+    has its credit already. `in_flight` keeps the memory of the last round alive, which a put or a
+    mix may touch until the next one is posted.
     """
 
     def __init__(self, context: Context, layout: Layout, size: int) -> None:
@@ -124,6 +125,7 @@ class Mailbox:
         self.keys: dict[int, RemoteKey] = {}
         self.index = -1
         self.round = 0
+        self.base = 0
         self.ahead: dict[int, Round] = {}
         self.in_flight: tuple[object, ...] = ()
         for guard in self._guards():

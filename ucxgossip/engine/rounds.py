@@ -23,7 +23,7 @@ from numba import types
 from ucxgossip import jit
 from ucxgossip.engine import words as w
 from ucxgossip.engine.handlers import arrived, mailbox_floats, mailbox_words, signal_index
-from ucxgossip.kernels.cpu import mix
+from ucxgossip.kernels.cpu import delta, mix
 from ucxgossip.mailbox import CREDIT_WINDOW, SIGNAL_RING, signal_word
 from ucxgossip.ucp import ops
 
@@ -216,6 +216,18 @@ def _apply(mailbox: Any, floats: Any, target: int, source: int, nbytes: int) -> 
     elif operation == w.MIX_FLOAT64:
         count = nbytes // 8
         floats[w.DISTANCE] += mix(
+            jit.view_float64(target, count), jit.view_float64(source, count), floats[w.ALPHA]
+        )
+    elif operation == w.DELTA_FLOAT32:
+        count = nbytes // 4
+        floats[w.DISTANCE] += delta(
+            jit.view_float32(target, count),
+            jit.view_float32(source, count),
+            np.float32(floats[w.ALPHA]),
+        )
+    elif operation == w.DELTA_FLOAT64:
+        count = nbytes // 8
+        floats[w.DISTANCE] += delta(
             jit.view_float64(target, count), jit.view_float64(source, count), floats[w.ALPHA]
         )
     else:

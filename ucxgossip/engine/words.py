@@ -96,6 +96,8 @@ FAILED = 3
 COPY = 0
 MIX_FLOAT32 = 1
 MIX_FLOAT64 = 2
+DELTA_FLOAT32 = 3  # target becomes what mixing would add to it
+DELTA_FLOAT64 = 4
 
 # --- active messages ---------------------------------------------------------------------------
 AM_DATA = 0

@@ -9,13 +9,21 @@ from ucxgossip.errors import (
     AlreadyAttachedError,
     ArgumentError,
     ModelError,
+    ScheduleError,
     SparseGradientError,
 )
 from ucxgossip.group import Group
-from ucxgossip.mixing import check_modes
-from ucxgossip.schedule import Dissemination, Rotated, Schedule
+from ucxgossip.mixing import Modes, Nesterov, check_push_sum
+from ucxgossip.schedule import (
+    Dissemination,
+    Rotated,
+    Schedule,
+    check_rounds,
+    endless,
+)
 from ucxgossip.torch_hook.bucket import check_device, partition
-from ucxgossip.torch_hook.gossip import MARK, Gossip
+from ucxgossip.torch_hook.gossip import MARK, Gossip, Scaler
+from ucxgossip.torch_hook.state import check_optimizer_state
 
 BUCKET_BYTES = 1 << 22
 
@@ -30,37 +38,66 @@ def attach(
     schedule: Schedule | None = None,
     staleness: int = 0,
     bucket_bytes: int = BUCKET_BYTES,
+    *,
+    buffers: bool = False,
+    local_steps: int = 1,
+    global_average_every: int | None = None,
+    outer: Nesterov | None = None,
+    scaler: Scaler | None = None,
 ) -> Gossip:
     """Make `model` and `optimizer` gossip within `group`. Collective.
 
-    mix: ``"both"`` (gradients under backward, new weights under the next forward), ``"weights"``
-    (half the bytes) or ``"gradients"`` (the replicas drift apart: for comparison only). combine:
-    ``"atc"`` averages the weights after the optimizer's step, ``"awc"`` averages the weights from
-    before it, beside it. schedule: `Rotated(Dissemination(size), seed=0)` by default.
-    bucket_bytes: size of what travels at a time. optimizer_state and staleness are the places of
-    modes to come; this release serves False (the optimizer's state stays local) and 0 (every rank
-    waits for its partner).
+    What: mix is ``"both"`` (gradients under backward, new weights under the next forward),
+    ``"weights"`` (half the bytes), ``"gradients"`` (the replicas drift apart, and train hardly
+    better than alone: for comparison only) or ``"push_sum"`` (weights, and nobody waits: see
+    `ucxgossip.mixing.push_sum`). optimizer_state: momentum, or Adam's m and v, travel with the
+    weights. buffers: the float buffers (statistics of batch norm) do, one step late.
+
+    When: combine is ``"atc"`` (weights are averaged after the optimizer's step) or ``"awc"`` (the
+    weights from before the step, beside it). staleness=k: what comes in is mixed up to k steps
+    late, against a snapshot of its step. local_steps=k: a round only every k-th step.
+    global_average_every=h: every h-th step the exact mean of all ranks in place of a round, which
+    waits for all. outer: an outer optimizer over the rounds, `ug.Nesterov`.
+
+    With whom: schedule is `Rotated(Dissemination(size), seed=0)` by default, `Dissemination(size)`
+    for push_sum. bucket_bytes: size of what travels at a time. scaler: the `GradScaler` in use, if
+    any: ranks may differ in their scale, so gradients travel without it.
 
     The model starts from rank 0's weights and buffers. Everything is checked, and agreed on by
     all ranks, before anything changes: `ModelError`, `ArrayError`, `AlreadyAttachedError`,
     `SparseGradientError`, `ScheduleError`, `ArgumentError`, `MismatchError`.
     """
-    check_modes(mix, combine)
-    if optimizer_state is not False or staleness != 0:
-        raise ArgumentError(
-            f"optimizer_state={optimizer_state!r}, staleness={staleness!r}: this release serves "
-            "optimizer_state=False and staleness=0 only"
-        )
+    modes = Modes(
+        mix, combine, optimizer_state, buffers, staleness, local_steps, global_average_every, outer
+    )
     _check_model(model, optimizer)
-    if bucket_bytes < 1:
-        raise ArgumentError(f"bucket_bytes is {bucket_bytes}; must be at least 1")
-    chosen = Rotated(Dissemination(group.size), seed=0) if schedule is None else schedule
-    group.check_schedule(chosen)
+    if modes.optimizer_state:
+        check_optimizer_state(optimizer)
+    if isinstance(bucket_bytes, bool) or not isinstance(bucket_bytes, int) or bucket_bytes < 1:
+        raise ArgumentError(f"bucket_bytes is {bucket_bytes!r}; must be at least 1")
+    chosen = _choose(schedule, group, modes)
     runs = partition(
         [(name, p) for name, p in model.named_parameters() if p.requires_grad], bucket_bytes
     )
-    group.agree("attach", _facts(model, mix, combine, chosen, bucket_bytes))
-    return Gossip(model, optimizer, group, mix, combine, chosen, runs)
+    group.agree("attach", _facts(model, modes, chosen, bucket_bytes))
+    return Gossip(model, optimizer, group, modes, chosen, runs, scaler)
+
+
+def _choose(schedule: Schedule | None, group: Group, modes: Modes) -> Schedule:
+    """The schedule, if it fits the group and goes on for ever."""
+    if schedule is None:
+        spread = Dissemination(group.size)
+        return spread if modes.mix == "push_sum" else Rotated(spread, seed=0)
+    group.check_schedule(schedule)
+    if not endless(schedule):
+        raise ScheduleError(
+            f"{schedule.describe()} ends after {schedule.period} steps, and training would go on "
+            f"without mixing; pass one that goes on, such as ug.Rotated(ug.BaseTwo({group.size}))"
+        )
+    check_rounds(schedule)
+    if modes.mix == "push_sum":
+        check_push_sum(schedule)
+    return schedule
 
 
 def _check_model(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -88,17 +125,16 @@ def _check_model(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> No
 
 
 def _facts(
-    model: torch.nn.Module, mix: str, combine: str, schedule: Schedule, bucket_bytes: int
+    model: torch.nn.Module, modes: Modes, schedule: Schedule, bucket_bytes: int
 ) -> dict[str, object]:
     """What all ranks must bring alike."""
     return {
-        "mix": mix,
-        "combine": combine,
+        **modes.facts(),
         "schedule": schedule.describe(),
         "bucket bytes": bucket_bytes,
         "parameters": {
             name: [list(p.shape), list(p.stride()), str(p.dtype), p.requires_grad]
             for name, p in model.named_parameters()
         },
-        "buffers": {name: [list(b.shape), str(b.dtype)] for name, b in model.named_buffers()},
+        "model buffers": {name: [list(b.shape), str(b.dtype)] for name, b in model.named_buffers()},
     }

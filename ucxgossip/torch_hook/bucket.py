@@ -18,7 +18,7 @@ import torch
 
 from ucxgossip.errors import ArrayError, ModelError
 from ucxgossip.group import Buffer, Group
-from ucxgossip.mailbox import Mailbox
+from ucxgossip.mixing import Stream
 from ucxgossip.ucp.memory import MemoryRegion
 
 ALIGNMENT = 64
@@ -87,25 +87,21 @@ class Flat:
 
 
 class Bucket:
-    """Some parameters of one dtype: their weights, gradients and the mailboxes of both.
+    """Some parameters of one dtype: their weights, gradients and the streams of both.
 
     weights: the parameters' data, as views (kept by `adopt` until `release`). gradients: the same
-    for ``.grad``, or None where gradients do not travel.
+    for ``.grad``, or None where gradients do not travel. weights_stream, gradients_stream: how
+    they are exchanged; None where they are not.
     """
 
     def __init__(
-        self,
-        group: Group,
-        parameters: Sequence[torch.nn.Parameter],
-        weights_travel: bool,
-        gradients_travel: bool,
+        self, group: Group, parameters: Sequence[torch.nn.Parameter], gradients_travel: bool
     ) -> None:
         self.parameters = list(parameters)
         self.weights = Flat(group, self.parameters)
         self.gradients = Flat(group, self.parameters) if gradients_travel else None
-        nbytes = self.weights.buffer.nbytes
-        self.weights_box: Mailbox | None = group.mailbox(nbytes) if weights_travel else None
-        self.gradients_box: Mailbox | None = group.mailbox(nbytes) if gradients_travel else None
+        self.weights_stream: Stream | None = None
+        self.gradients_stream: Stream | None = None
         self.waiting = len(self.parameters)
         self.received = [False] * len(self.parameters)
         self.posted = False
@@ -150,6 +146,11 @@ class Bucket:
                 if not whole:
                     view.zero_()
                 parameter.grad = view
+
+    def set_zero(self) -> None:
+        """Make every gradient zero where it is."""
+        if self.gradients is not None:
+            self.gradients.tensor.zero_()
 
     def start_backward(self) -> None:
         """Expect one gradient for each parameter."""

@@ -9,49 +9,49 @@ averaged under the next forward, where each module waits for its own buckets onl
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ucxgossip.engine import words as w
 from ucxgossip.errors import (
     AccumulationError,
+    ArgumentError,
     ClosedError,
     ExchangeError,
     GossipError,
     SparseGradientError,
 )
 from ucxgossip.group import Group
-from ucxgossip.mailbox import Mailbox
-from ucxgossip.mixing import MIXES, Collective
+from ucxgossip.mixing import Collective, Held, InPlace, Meter, Modes, Outer, PushSum, Stale, Stream
 from ucxgossip.schedule import Schedule
 from ucxgossip.torch_hook.bucket import Bucket
+from ucxgossip.torch_hook.forward import Forward, Hook
+from ucxgossip.torch_hook.state import ModelBuffers, OptimizerState
 
 MARK = "_ucxgossip"
 """Attribute by which parameters and optimizers know that they are attached."""
 
 
-class _Hook:
-    """A hook that a copy of the model (``copy.deepcopy``, as for an average of weights) lacks."""
+class Scaler(Protocol):
+    """What is used of ``torch.amp.GradScaler``."""
 
-    def __init__(self, call: Callable[..., None]) -> None:
-        self.call = call
+    def is_enabled(self) -> bool:
+        """Whether gradients are scaled at all."""
 
-    def __call__(self, *arguments: Any) -> None:
-        self.call(*arguments)
-
-    def __deepcopy__(self, memo: object) -> _Hook:
-        return _Hook(_nothing)
+    def get_scale(self) -> float:
+        """The factor on this rank's gradients."""
 
 
-def _nothing(*_: object) -> None:
-    """What a copied model's hooks do."""
+class Writer(Protocol):
+    """What is used of ``torch.utils.tensorboard.SummaryWriter``."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int | None = None) -> object:
+        """Log one number."""
 
 
 class Gossip:
@@ -62,38 +62,68 @@ class Gossip:
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         group: Group,
-        mix: str,
-        combine: str,
+        modes: Modes,
         schedule: Schedule,
         runs: Sequence[Sequence[torch.nn.Parameter]],
+        scaler: Scaler | None = None,
     ) -> None:
-        self.schedule = schedule
         self.model, self.optimizer, self.group = model, optimizer, group
-        self.mix, self.combine = mix, combine
-        self._weights_travel, self._gradients_travel = MIXES[mix]
-        self._held = combine == "awc"
+        self.modes, self.schedule = modes, schedule
+        self._scaler = scaler
         self._collective = Collective(group)
+        self._meter = Meter()
+        self._steps = 0
         self._synchronising = True
         self._detached = False
         self._in_backward: int | None = None
-        self._waits, self._wait_s, self._exchange_s = 0, 0.0, 0.0
-        self._rounds, self._bytes, self._distance = 0, 0, 0.0
-        self._open: set[Mailbox] = set()  # mailboxes whose last round nobody has waited for
-        self._buckets = [
-            Bucket(group, run, self._weights_travel, self._gradients_travel) for run in runs
-        ]
+        self._went_backward = False  # a backward has ended since the last step
+        self._stepping = False
+        self._scale = 1.0
+        self._buckets = [Bucket(group, run, modes.gradients_travel) for run in runs]
+        self._make_streams()
         for bucket in self._buckets:
             bucket.adopt()
         self._broadcast()
+        self._begin()
         self._handles: list[Any] = []
-        self._called: set[torch.nn.Module] = set()
-        self._learning = True
-        self._needs: dict[torch.nn.Module, list[Bucket]] = {}
+        self._forward = Forward(model, self._buckets, self._wait_weights)
         self._install()
-        if self._held:
-            self._post_weights()
 
     # --- setting up ----------------------------------------------------------------------------
+
+    def _make_streams(self) -> None:
+        """One stream for each array that travels; whoever is wanted first comes first."""
+        group, schedule, meter, modes = self.group, self.schedule, self._meter, self.modes
+        for bucket in reversed(self._buckets):
+            if bucket.gradients is not None:
+                common = (group, bucket.gradients.buffer, schedule, meter)
+                bucket.gradients_stream = (
+                    Stale(*common, modes.staleness, before=False)
+                    if modes.staleness
+                    else InPlace(*common)
+                )
+        for bucket in self._buckets:
+            if modes.weights_travel:
+                bucket.weights_stream = self._weights_stream(bucket)
+        self._state = (
+            OptimizerState(self.optimizer, self._buckets, group, schedule, meter, modes)
+            if modes.optimizer_state
+            else None
+        )
+        self._model_buffers = (
+            ModelBuffers(self.model, group, schedule, meter, modes) if modes.buffers else None
+        )
+
+    def _weights_stream(self, bucket: Bucket) -> Stream:
+        modes = self.modes
+        common = (self.group, bucket.weights.buffer, self.schedule, self._meter)
+        if modes.mix == "push_sum":
+            return PushSum(*common, self._collective)
+        if modes.outer is not None:
+            return Outer(*common, modes.outer)
+        if modes.staleness:
+            return Stale(*common, modes.staleness)
+        return Held(*common) if modes.combine == "awc" else InPlace(*common)
 
     def _broadcast(self) -> None:
         """Rank 0's weights, frozen parameters and buffers to all."""
@@ -116,41 +146,49 @@ class Gossip:
         for bucket in self._buckets:
             for index, parameter in enumerate(bucket.parameters):
                 setattr(parameter, MARK, True)
-                if self._gradients_travel:
+                hook: Callable[..., None] = self._note_backward
+                if self.modes.gradients_travel:
                     hook = functools.partial(self._on_gradient, bucket, index)
-                    register: Any = parameter.register_post_accumulate_grad_hook
-                    keep(register(hook))
+                register: Any = parameter.register_post_accumulate_grad_hook
+                keep(register(hook))
         keep(self.optimizer.register_step_pre_hook(self._before_step))
         keep(self.optimizer.register_step_post_hook(self._after_step))
-        if self._gradients_travel:
-            self._own_zero_grad = vars(self.optimizer).get("zero_grad")
-            self._original_zero_grad = self.optimizer.zero_grad
-            self.optimizer.zero_grad = self._zero_grad  # type: ignore[method-assign]
-        if self._weights_travel and not self._held:
-            owner = {id(p): bucket for bucket in self._buckets for p in bucket.parameters}
-            for module in self.model.modules():
-                own = [owner[id(p)] for p in module.parameters(recurse=False) if id(p) in owner]
-                self._needs[module] = list(dict.fromkeys(own))
-                if own or module is self.model:
-                    # First of all pre-hooks: others (weight_norm) read the parameters.
-                    keep(
-                        module.register_forward_pre_hook(_Hook(self._before_forward), prepend=True)
-                    )
+        keep(self.optimizer.register_state_dict_pre_hook(self._before_optimizer_state))
+        keep(self.optimizer.register_load_state_dict_pre_hook(self._before_optimizer_state))
+        self._own_zero_grad = vars(self.optimizer).get("zero_grad")
+        self._original_zero_grad = self.optimizer.zero_grad
+        self.optimizer.zero_grad = self._zero_grad  # type: ignore[method-assign]
+        if self.modes.in_place:
+            self._handles += self._forward.install()
             for register in (
                 self.model.register_state_dict_pre_hook,
                 self.model.register_load_state_dict_pre_hook,
             ):
                 chosen: Any = register
-                keep(chosen(_Hook(self._before_state_dict)))
+                keep(chosen(Hook(self._before_state_dict)))
 
     # --- gradients, under backward -------------------------------------------------------------
 
     def _zero_grad(self, set_to_none: bool = True) -> None:
-        """The optimizer's ``zero_grad``; gradients that travel are zeroed where they are."""
+        """The optimizer's ``zero_grad``; gradients that travel are zeroed where they are.
+
+        Gradients that no step used (a `GradScaler` found them infinite) make this rank take part
+        in the step's rounds all the same.
+        """
+        skipped = self._went_backward and not self._stepping and self._in_backward is None
+        if skipped and not self.group.failed:
+            self.skip_step()
         self._original_zero_grad(set_to_none)
         held = {id(p) for each in self.optimizer.param_groups for p in each["params"]}
         for bucket in self._buckets:
             bucket.reset_gradients(held)
+
+    def _note_backward(self, _: torch.Tensor) -> None:
+        self._went_backward |= self._synchronising
+
+    def _due(self, step: int) -> bool:
+        """Whether the `step`-th step (from 1 on) has a round."""
+        return step % self.modes.local_steps == 0
 
     def _on_gradient(self, bucket: Bucket, index: int, parameter: torch.Tensor) -> None:
         if parameter.grad is not None and parameter.grad.layout != torch.strided:
@@ -160,10 +198,12 @@ class Gossip:
             )
         if not self._synchronising:
             return
+        if not self._due(self._steps + 1):
+            self._went_backward = True
+            return
         if self._in_backward is None:
             self._in_backward = _backward_number()
-            for each in self._buckets:
-                each.start_backward()
+            self._start_gradients()
             torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
         if self._in_backward != _backward_number():
             raise self._broken_backward()
@@ -175,11 +215,26 @@ class Gossip:
         if bucket.receive(index):
             self._post_gradients(bucket)
 
+    def _start_gradients(self) -> None:
+        scaler = self._scaler
+        self._scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
+        for bucket in self._buckets:
+            bucket.start_backward()
+
     def _post_gradients(self, bucket: Bucket) -> None:
         bucket.posted = True
-        if bucket.gradients is None or bucket.gradients_box is None:
+        if bucket.gradients is None or bucket.gradients_stream is None:
             return
-        self._post(bucket.gradients_box, bucket.gradients.buffer)
+        if self._scale != 1.0:  # each rank has its own
+            bucket.gradients.tensor.mul_(1.0 / self._scale)
+        bucket.gradients_stream.post()
+
+    def _settle_gradients(self) -> None:
+        for bucket in self._buckets:
+            if bucket.gradients is not None and bucket.gradients_stream is not None:
+                bucket.gradients_stream.settle()
+                if self._scale != 1.0:
+                    bucket.gradients.tensor.mul_(self._scale)
 
     def _after_backward(self) -> None:
         """Send what backward left out, and wait: gradients are whole when ``backward()`` ends."""
@@ -193,9 +248,8 @@ class Gossip:
                     bucket.take_in(index)
                     unused.append((bucket, index))
             self._post_gradients(bucket)
-        for bucket in self._buckets:
-            if bucket.gradients_box is not None:
-                self._wait(bucket.gradients_box)
+        self._settle_gradients()
+        self._went_backward = True
         for bucket, index in unused:
             # Unused here and by the partner: the optimizer is to see no gradient at all.
             if not bool(bucket.parameters[index].grad.any()):  # type: ignore[union-attr]
@@ -210,113 +264,102 @@ class Gossip:
         finally:
             self._synchronising = before
 
-    # --- weights, after the step ---------------------------------------------------------------
-
     def _broken_backward(self) -> ExchangeError:
         return ExchangeError(
             "the last backward() ended in an exception after some of its gradients were put; the "
             "ranks are out of step. End the job, or detach() and attach() on all ranks"
         )
 
+    # --- weights, after the step ---------------------------------------------------------------
+
+    def _streams(self) -> list[Stream]:
+        """The weights' streams, in the order in which a forward needs them."""
+        return [
+            bucket.weights_stream
+            for bucket in self._forward.order
+            if bucket.weights_stream is not None
+        ]
+
+    def _begin(self) -> None:
+        for bucket in self._buckets:
+            if bucket.weights_stream is not None:
+                bucket.weights_stream.begin()
+
     def _before_step(self, *_: object) -> None:
+        self._check_attached()
         if self._in_backward is not None:
             raise self._broken_backward()
         for bucket in self._buckets:
             bucket.check_in_place()
-        if self._held:
-            self._settle()
-        else:
-            self.wait()
+        self._stepping = True
+        for stream in self._streams():
+            stream.settle()
+        if self._state is not None:
+            self._state.settle()
 
     def _after_step(self, *_: object) -> None:
-        self._post_weights()
+        self._steps += 1
+        self._went_backward = self._stepping = False
+        every = self.modes.global_average_every
+        if every is not None and self._steps % every == 0:
+            self._average_weights()
+        elif self._due(self._steps):
+            position = self._position()
+            for stream in self._streams():
+                stream.post()
+            if self._state is not None:
+                self._state.post(position)
+            if self._model_buffers is not None:
+                self._model_buffers.post()
 
-    def _post_weights(self) -> None:
-        for bucket in self._buckets:
-            if bucket.weights_box is not None:
-                self._post(bucket.weights_box, bucket.weights.buffer, self._held)
+    def _position(self) -> int:
+        """The schedule's step of the weights' next round."""
+        return next((stream.position for stream in self._streams()), 0)
 
-    def _settle(self) -> None:
-        """Let held rounds mix, and wait for them."""
-        for bucket in self._buckets:
-            if bucket.weights_box is not None:
-                self.group.engine.unhold(bucket.weights_box)
-        self._wait_weights(self._buckets)
-
-    def _before_forward(self, module: torch.nn.Module, _: object) -> None:
-        """Wait for the weights that `module` is about to use.
-
-        Which modules are called is learnt in the first forward, under which each waits for all:
-        a module whose parameters are used without a call of its own (the output projection
-        of MultiheadAttention) is served by its nearest ancestor that is called.
-        """
-        if self._learning:
-            if module is self.model and self._called:
-                self._learn()
-            self._called.add(module)
-            if self._learning:
-                self._wait_weights(self._buckets)
-                return
-        self._wait_weights(self._needs[module])
-
-    def _learn(self) -> None:
-        self._learning = False
-        parents = {child: m for m in self.model.modules() for child in m.children()}
-        for module in list(self._needs):
-            server = module
-            while server not in self._called and server in parents:
-                server = parents[server]
-            if server is not module:
-                merged = self._needs[server] + self._needs[module]
-                self._needs[server] = list(dict.fromkeys(merged))
+    def _wait_weights(self, buckets: Iterable[Bucket]) -> None:
+        for bucket in buckets:
+            if bucket.weights_stream is not None:
+                bucket.weights_stream.wait()
 
     def _before_state_dict(self, *_: object) -> None:
         if not self.group.failed:  # after a failure nothing moves any more: an emergency checkpoint
             self.wait()
 
-    def _wait_weights(self, buckets: list[Bucket]) -> None:
-        for bucket in buckets:
-            if bucket.weights_box is not None:
-                self._wait(bucket.weights_box)
+    def _before_optimizer_state(self, *_: object) -> None:
+        if self._state is not None and not self.group.failed:
+            self._state.settle()
 
     def wait(self) -> None:
         """Block until every weight round under way has ended; the parameters are whole then.
 
         Called by the hooks before a forward, a step and a ``state_dict()``; call it before reading
-        parameters by other ways (``model.parameters()``, a metric on weights). Under ``"awc"``
-        there is nothing to wait for: the weights change in the step only, and may not be written
-        by others between steps.
+        parameters by other ways (``model.parameters()``, a metric on weights). Under ``"awc"`` and
+        with staleness there is nothing to wait for: the weights change in the step only, and may
+        not be written by others between steps.
         """
         self._check_attached()
-        if not self._held:
-            self._wait_weights(self._buckets)
+        self._wait_weights(self._buckets)
 
-    # --- rounds --------------------------------------------------------------------------------
+    def skip_step(self) -> None:
+        """Take part in a step's rounds without taking the step, the weights staying as they are.
 
-    def _post(self, mailbox: Mailbox, buffer: Any, held: bool = False) -> None:
-        if self.group.size == 1:
-            return
-        step = mailbox.round
-        self.group.post_scheduled(mailbox, buffer, buffer, self.schedule, step, held=held)
-        self._rounds += 1
-        row = self.group.engine.table[mailbox.index]
-        if row[w.TO] >= 0:
-            self._bytes += int(row[w.NBYTES])
-        self._open.add(mailbox)
-
-    def _wait(self, mailbox: Mailbox) -> None:
-        if mailbox not in self._open:
-            return
-        start = time.perf_counter()
-        blocked = self.group.engine.active(mailbox)
-        self.group.wait(mailbox)
-        self._open.discard(mailbox)
-        if blocked:
-            self._waits += 1
-            self._wait_s += time.perf_counter() - start
-        row = self.group.engine.table[mailbox.index]
-        self._exchange_s += (int(row[w.DONE_NS]) - int(row[w.POSTED_NS])) * 1e-9
-        self._distance = float(self.group.engine.floats[mailbox.index, w.DISTANCE])
+        For a rank that has no batch where others have one, or leaves out a step that others take:
+        ranks of a gossip job must run the same number of rounds. Gradients that were not exchanged
+        yet count as zero. Called by the hooks where `GradScaler` skips a step, and by
+        `shuffled`.
+        """
+        self._check_attached()
+        due = self.modes.gradients_travel and self._due(self._steps + 1)
+        if due and not self._went_backward:
+            self._start_gradients()
+            for bucket in self._buckets:
+                bucket.set_zero()
+                self._post_gradients(bucket)
+            self._settle_gradients()
+            for bucket in self._buckets:
+                bucket.set_zero()
+        self._before_step()
+        self._after_step()
 
     # --- what a user asks ----------------------------------------------------------------------
 
@@ -324,11 +367,23 @@ class Gossip:
         return [bucket.weights.array for bucket in self._buckets]
 
     def _whole(self) -> None:
+        """End every round under way."""
         self._check_attached()
-        if self._held:
-            self._settle()
-        else:
-            self.wait()
+        for bucket in self._buckets:
+            for stream in (bucket.gradients_stream, bucket.weights_stream):
+                if stream is not None:
+                    stream.finish()
+        for part in (self._state, self._model_buffers):
+            if part is not None:
+                part.finish()
+
+    def _average_weights(self) -> None:
+        for bucket in self._buckets:
+            if bucket.weights_stream is not None:
+                bucket.weights_stream.average(self._collective)
+            else:
+                self._collective.average(bucket.weights.array)
+        self._begin()
 
     def consensus_distance(self) -> float:
         """Relative RMS distance of the replicas, ``sqrt(mean_i |w_i - w|**2) / |w|``. Collective.
@@ -343,41 +398,117 @@ class Gossip:
 
         For an evaluation or a checkpoint of one common model; equal on all ranks to rounding.
         """
-        self._whole()
-        for array in self._arrays():
-            self._collective.average(array)
+        self._check_attached()
+        if self._model_buffers is not None:
+            self._model_buffers.finish()
+        self._average_weights()
         for buffer in self.model.buffers():
             if buffer.dtype in (torch.float32, torch.float64) and buffer.numel():
                 flat = buffer.detach().numpy().reshape(-1).copy()
                 self._collective.average(flat)
                 buffer.copy_(torch.from_numpy(flat).view(buffer.shape))
-        self._resume()
-
-    def _resume(self) -> None:
-        if self._held:
-            self._post_weights()
 
     def stats(self) -> dict[str, Any]:
         """What was exchanged so far, by this rank.
 
-        rounds: exchanges of one bucket; bytes: payload put; waits: how often the training thread
-        blocked, wait_s: for how many seconds; exchange_s: seconds from post to end, over all
-        rounds; hidden: the part of that under compute, 0 to 1; distance: squared distance to the
-        partner in the last round mixed; skipped and staleness (by rank received from, in steps)
-        are for modes that do not wait, of which this release has none: 0 and empty.
+        steps: optimizer steps, skipped ones included; rounds: exchanges of one array; bytes:
+        payload put; waits: how often the training thread blocked, wait_s: for how many seconds;
+        exchange_s: seconds from post to end, over all rounds; hidden: the part of that under
+        compute, 0 to 1; distance: squared distance to the partner's weights (its gradients, with
+        ``mix="gradients"``) in the last round, measured while mixing, and disagreement its root;
+        skipped: rounds that push-sum left out; staleness: by rank received from, how many own
+        steps late its values were mixed on average; mass: mean push-sum mass, 1 elsewhere.
         """
-        hidden = 1.0 - self._wait_s / self._exchange_s if self._exchange_s > 0 else 1.0
+        meter = self._meter
+        streams = [b.weights_stream or b.gradients_stream for b in self._buckets]
+        distance = sum(stream.distance for stream in streams if stream is not None)
+        masses = [stream.mass for stream in streams if isinstance(stream, PushSum)]
+        hidden = 1.0 - meter.wait_s / meter.exchange_s if meter.exchange_s > 0 else 1.0
         return {
-            "rounds": self._rounds,
-            "bytes": self._bytes,
-            "waits": self._waits,
-            "wait_s": self._wait_s,
-            "exchange_s": self._exchange_s,
+            "steps": self._steps,
+            "rounds": meter.rounds,
+            "bytes": meter.nbytes,
+            "waits": meter.waits,
+            "wait_s": meter.wait_s,
+            "exchange_s": meter.exchange_s,
             "hidden": min(1.0, max(0.0, hidden)),
-            "distance": self._distance,
-            "skipped": 0,
-            "staleness": {},
+            "distance": distance,
+            "disagreement": float(np.sqrt(distance)),
+            "skipped": meter.skipped,
+            "staleness": meter.staleness(),
+            "mass": float(np.mean(masses)) if masses else 1.0,
         }
+
+    def write(self, writer: Writer, step: int | None = None) -> None:
+        """Log `stats` to a TensorBoard ``SummaryWriter`` under ``gossip/``, at `step`.
+
+        step: the optimizer steps so far by default. Staleness goes as its mean and its maximum.
+        """
+        found = self.stats()
+        edges = list(found.pop("staleness").values()) or [0.0]
+        found |= {"staleness_mean": sum(edges) / len(edges), "staleness_max": max(edges)}
+        at = found.pop("steps") if step is None else step
+        found.pop("steps", None)
+        for name, value in found.items():
+            writer.add_scalar(f"gossip/{name}", value, at)
+
+    # --- checkpoints ---------------------------------------------------------------------------
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            **self.modes.facts(),
+            "schedule": self.schedule.describe(),
+            "buckets": [len(array) for array in self._arrays()],
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank needs, beside model and optimizer, to go on bit for bit. Collective.
+
+        Each rank saves its own three: ``model.state_dict()``, ``optimizer.state_dict()`` and this.
+        """
+        self.wait()
+        return {
+            "facts": self._facts(),
+            "steps": self._steps,
+            "weights": [_state(bucket.weights_stream) for bucket in self._buckets],
+            "gradients": [_state(bucket.gradients_stream) for bucket in self._buckets],
+            "optimizer": [] if self._state is None else self._state.state(),
+            "buffers": [] if self._model_buffers is None else self._model_buffers.state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken. Collective.
+
+        After `attach` (which gives all ranks rank 0's weights) load this rank's own model, then
+        its optimizer, then this. `ArgumentError` if the modes, the schedule or the buckets differ.
+        """
+        self._check_attached()
+        saved, here = state["facts"], self._facts()
+        for name in here:
+            if saved.get(name) != here[name]:
+                raise ArgumentError(
+                    f"the checkpoint has {name}: {saved.get(name)!r}, this run has {here[name]!r}"
+                )
+        kept = [array.copy() for array in self._arrays()]
+        buffers = [each.clone() for each in self.model.buffers()]
+        self._whole()  # rounds under way end, and mix into what is put back below
+        for array, values in zip(self._arrays(), kept, strict=True):
+            array[:] = values
+        for each, value in zip(self.model.buffers(), buffers, strict=True):
+            each.copy_(value)
+        self.group.agree("load_state_dict", {"steps": state["steps"]})
+        self._steps, self._went_backward = int(state["steps"]), False
+        for bucket, weights, gradients in zip(
+            self._buckets, state["weights"], state["gradients"], strict=True
+        ):
+            if bucket.weights_stream is not None:
+                bucket.weights_stream.load(weights)
+            if bucket.gradients_stream is not None:
+                bucket.gradients_stream.load(gradients)
+        if self._state is not None:
+            self._state.load(state["optimizer"])
+        if self._model_buffers is not None:
+            self._model_buffers.load(state["buffers"])
 
     # --- the end -------------------------------------------------------------------------------
 
@@ -389,12 +520,14 @@ class Gossip:
         """Finish the rounds under way and leave the model as it was found. Collective.
 
         Parameters keep their values, in memory of their own; hooks are gone; the optimizer's
-        ``zero_grad`` is its own again. Further calls do nothing.
+        ``zero_grad`` is its own again. After a failure of the group no round is waited for.
+        Further calls do nothing.
         """
         if self._detached:
             return
         try:
-            self._whole()
+            if not self.group.failed:
+                self._whole()
         except GossipError as error:
             self.group.abort(str(error))
             raise
@@ -406,11 +539,12 @@ class Gossip:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._gradients_travel:
-            del self.optimizer.zero_grad
-            if self._own_zero_grad is not None:
-                self.optimizer.zero_grad = self._own_zero_grad  # type: ignore[method-assign]
+        del self.optimizer.zero_grad
+        if self._own_zero_grad is not None:
+            self.optimizer.zero_grad = self._own_zero_grad  # type: ignore[method-assign]
         delattr(self.optimizer, MARK)
+        if self._state is not None:
+            self._state.release()
         for bucket in self._buckets:
             for parameter in bucket.parameters:
                 delattr(parameter, MARK)
@@ -431,6 +565,10 @@ class Gossip:
             # Rounds may be under way that will never end: stop them, and tell the others.
             self.group.abort(f"{type(error).__name__}: {error}")
             self._leave()
+
+
+def _state(stream: Stream | None) -> dict[str, Any] | None:
+    return None if stream is None else stream.state()
 
 
 def _backward_number() -> int:

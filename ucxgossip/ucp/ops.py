@@ -18,6 +18,7 @@ from ucxgossip.ucp import lib
 
 PUT = "ucp_put_nbx"
 FLUSH = "ucp_ep_flush_nbx"
+SEND = "ucp_am_send_nbx"
 """What an error of these calls is named by."""
 
 _word = types.int64

@@ -1,12 +1,7 @@
-"""What an exchange does to values: which payloads travel, and exact operations over all ranks.
+"""Exact operations over all ranks: the first weights, the mean, the distance of the replicas.
 
-Averaging gradients alone does not train (the replicas drift apart); averaging the new weights
-does; averaging both is what skewed data and Adam need. So `MIXES` names payloads, and `COMBINES`
-when the weights are averaged: ``"atc"``, adapt then combine, ``avg(w - u)``; ``"awc"``, adapt
-while communicating, ``avg(w) - u``, whose exchange hides under the whole step.
-
-`Collective` computes what must be exact (the first weights, the mean before an evaluation, the
-distance of the replicas) in O(log p) rounds through a small mailbox of its own, piece by piece.
+In O(log p) rounds through a small mailbox of their own, piece by piece: not for each step. A
+collective of another library was rejected: it would need a second set of connections.
 """
 
 from __future__ import annotations
@@ -18,30 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ucxgossip.errors import ArgumentError
 from ucxgossip.group import Buffer, Group
 from ucxgossip.mailbox import Mailbox
 from ucxgossip.schedule import Broadcast, GlobalAverage, Schedule
 
-MIXES: dict[str, tuple[bool, bool]] = {
-    "both": (True, True),
-    "weights": (True, False),
-    "gradients": (False, True),
-}
-"""(weights travel, gradients travel) by name."""
-
-COMBINES = ("atc", "awc")
-
 PIECE = 1 << 22
 """Bytes that `Collective` moves at a time; its mailbox holds two such pieces."""
-
-
-def check_modes(mix: str, combine: str) -> None:
-    """`ArgumentError` for an unknown mix or combine."""
-    for name, value, known in (("mix", mix, tuple(MIXES)), ("combine", combine, COMBINES)):
-        if value not in known:
-            choices = ", ".join(repr(each) for each in known)
-            raise ArgumentError(f"unknown {name} {value!r}; choose one of {choices}")
 
 
 class Collective:
@@ -68,6 +45,14 @@ class Collective:
     def average(self, array: NDArray[Any]) -> None:
         """The mean over all ranks into everyone's 1-D contiguous float array, to rounding."""
         self._run(array, GlobalAverage(self.group.size), mix=True)
+
+    def table(self, row: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Every rank's 1-D `row` of whole numbers below 2**40, shape (ranks, len(row))."""
+        values = np.zeros((self.group.size, len(row)), np.float64)
+        values[self.group.rank] = row
+        flat = values.reshape(-1)
+        self.average(flat)
+        return np.rint(values * self.group.size).astype(np.int64)
 
     def consensus_distance(self, arrays: Iterable[NDArray[Any]]) -> float:
         """``sqrt(mean_i |w_i - w|**2) / |w|`` with w the mean over ranks i; 0 where w is 0."""

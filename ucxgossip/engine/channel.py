@@ -1,0 +1,21 @@
+"""What a receiver asks about a message that no round of its own expects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ucxgossip import jit
+from ucxgossip.engine import words as w
+from ucxgossip.engine.handlers import arrived, mailbox_words
+
+
+@jit.njit
+def complete(engine: Any, index: int, number: int, nbytes: int) -> bool:
+    """Whether every chunk of message `number` is in its slot of mailbox `index`."""
+    mailbox = mailbox_words(engine, index)
+    parts = (nbytes + mailbox[w.CHUNK] - 1) // mailbox[w.CHUNK]
+    # The last chunk first: chunks are put in order, and mostly nothing has come.
+    part = parts - 1
+    while part >= 0 and arrived(engine, mailbox, number, part):
+        part -= 1
+    return part < 0  # type: ignore[no-any-return]

@@ -1,0 +1,28 @@
+"""What an exchange does to values, without torch: modes, streams of rounds, exact collectives.
+
+`modes` names the choices, `stream`, `push_sum` and `outer` are the manners in which one flat array
+is exchanged, `collective` computes what must be exact, `meter` counts.
+"""
+
+from ucxgossip.mixing.collective import Collective
+from ucxgossip.mixing.meter import Meter
+from ucxgossip.mixing.modes import COMBINES, MIXES, Modes, Nesterov
+from ucxgossip.mixing.outer import Outer
+from ucxgossip.mixing.push_sum import PushSum, check_push_sum
+from ucxgossip.mixing.stream import Held, InPlace, Stale, Stream
+
+__all__ = [
+    "COMBINES",
+    "MIXES",
+    "Collective",
+    "Held",
+    "InPlace",
+    "Meter",
+    "Modes",
+    "Nesterov",
+    "Outer",
+    "PushSum",
+    "Stale",
+    "Stream",
+    "check_push_sum",
+]

@@ -1,0 +1,114 @@
+"""Before a forward: each module waits for its own weights, and for no others.
+
+Which modules are called, and in which order they need which bucket, is learnt in the first
+forward, under which each waits for all: a module whose parameters are used without a call of its
+own (the output projection of MultiheadAttention) is served by its nearest ancestor that is called.
+Modules inside a compiled one are served by that one, whose hook stands outside the compiled code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ucxgossip.torch_hook.bucket import Bucket
+
+
+class Hook:
+    """A hook that a copy of the model (``copy.deepcopy``, as for an average of weights) lacks."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self.call = call
+
+    # What torch.compiler.disable sets, without the second that importing the compiler takes.
+    _torchdynamo_disable = True
+
+    def __call__(self, *arguments: Any) -> None:
+        self.call(*arguments)
+
+    __call__._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+    def __deepcopy__(self, memo: object) -> Hook:
+        return Hook(_nothing)
+
+
+def _nothing(*_: object) -> None:
+    """What a copied model's hooks do."""
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether calls of `module` run code of ``torch.compile``."""
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _reachable(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, torch.nn.Module]]:
+    """Each module under (and with) `module`, and the one whose hook can serve it."""
+    seen: set[torch.nn.Module] = set()
+
+    def walk(
+        at: torch.nn.Module, server: torch.nn.Module | None
+    ) -> Iterator[tuple[torch.nn.Module, torch.nn.Module]]:
+        if at in seen:
+            return
+        seen.add(at)
+        yield at, server or at
+        inner = server or (at if is_compiled(at) else None)
+        for child in at.children():
+            yield from walk(child, inner)
+
+    yield from walk(module, None)
+
+
+class Forward:
+    """The forward pre-hooks of `model`. wait: called with the buckets a module is about to read."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        buckets: Sequence[Bucket],
+        wait: Callable[[Iterable[Bucket]], None],
+    ) -> None:
+        self.model, self.buckets, self.wait = model, list(buckets), wait
+        self.order = list(buckets)
+        self._needs: dict[torch.nn.Module, list[Bucket]] = {}
+        self._called: dict[torch.nn.Module, None] = {}
+        self._learning = True
+
+    def install(self) -> list[Any]:
+        """Register the hooks; their handles."""
+        owner = {id(p): bucket for bucket in self.buckets for p in bucket.parameters}
+        for module, server in _reachable(self.model):
+            own = [owner[id(p)] for p in module.parameters(recurse=False) if id(p) in owner]
+            self._needs.setdefault(module, [])
+            self._needs[server] = list(dict.fromkeys([*self._needs.setdefault(server, []), *own]))
+        return [
+            # First of all pre-hooks: others (weight_norm) read the parameters.
+            module.register_forward_pre_hook(Hook(self._before), prepend=True)
+            for module, server in _reachable(self.model)
+            if server is module and (self._needs[module] or module is self.model)
+        ]
+
+    def _before(self, module: torch.nn.Module, _: object) -> None:
+        if self._learning:
+            if module is self.model and self._called:
+                self._learn()
+            self._called.setdefault(module)
+            if self._learning:
+                self.wait(self.buckets)
+                return
+        self.wait(self._needs[module])
+
+    def _learn(self) -> None:
+        self._learning = False
+        parents = {child: m for m in self.model.modules() for child in m.children()}
+        for module in list(self._needs):
+            server = module
+            while server not in self._called and server in parents:
+                server = parents[server]
+            if server is not module:
+                merged = self._needs[server] + self._needs[module]
+                self._needs[server] = list(dict.fromkeys(merged))
+        needed = [bucket for module in self._called for bucket in self._needs.get(module, [])]
+        self.order = list(dict.fromkeys([*needed, *self.buckets]))

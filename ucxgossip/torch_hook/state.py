@@ -1,0 +1,190 @@
+"""What else a step leaves behind: the optimizer's state and the model's buffers.
+
+The optimizer makes its state in its first step, so that is when it is moved into registered
+memory: every float tensor of the state that has its parameter's shape (momentum; Adam's m and v,
+together, since one without the other does not fit it). Buffers (the statistics of batch norm) are
+written by every forward and may be replaced, so they are copied out and in; their rounds end one
+step late and nobody waits for them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ucxgossip.errors import ArgumentError, ModelError
+from ucxgossip.group import Group
+from ucxgossip.mixing import InPlace, Meter, Modes, Stale, Stream
+from ucxgossip.schedule import Schedule
+from ucxgossip.torch_hook.bucket import DTYPES, Bucket, Flat
+
+
+def check_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """`ModelError` for an optimizer that is known to keep no state that could be mixed."""
+    plain = isinstance(optimizer, torch.optim.SGD)
+    if plain and not any(each.get("momentum") for each in optimizer.param_groups):
+        raise ModelError(
+            "optimizer_state=True, but SGD without momentum keeps no state; leave it False"
+        )
+
+
+class OptimizerState:
+    """The state tensors of one optimizer, exchanged after each step with the weights."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        buckets: Sequence[Bucket],
+        group: Group,
+        schedule: Schedule,
+        meter: Meter,
+        modes: Modes,
+    ) -> None:
+        self.optimizer, self.buckets, self.group = optimizer, list(buckets), group
+        self.schedule, self.meter, self.modes = schedule, meter, modes
+        self.flats: list[tuple[Bucket, str, Flat]] = []
+        self.streams: list[Stream] = []
+        self._loaded: Sequence[Mapping[str, Any]] | None = None
+
+    def _names(self, bucket: Bucket) -> list[str]:
+        names = {
+            name
+            for parameter in bucket.parameters
+            for name, value in self.optimizer.state.get(parameter, {}).items()
+            if torch.is_tensor(value)
+            and value.shape == parameter.shape
+            and value.dtype == parameter.dtype
+            and value.ndim > 0
+        }
+        return sorted(names)
+
+    def _make(self, position: int) -> None:
+        """Registered memory and a stream for every kind of state that any rank has."""
+        mine = json.dumps([self._names(bucket) for bucket in self.buckets])
+        key = f"optimizer state {len(self.group.engine.mailboxes)}"
+        everyone = [json.loads(blob) for blob in self.group.gather(key, mine.encode())]
+        for index, bucket in enumerate(self.buckets):
+            for name in sorted({name for names in everyone for name in names[index]}):
+                flat = Flat(self.group, bucket.parameters)
+                self.flats.append((bucket, name, flat))
+                self.streams.append(self._stream(flat, position))
+        if not self.flats:
+            raise ModelError(
+                f"optimizer_state=True, but {type(self.optimizer).__name__} keeps no state of its "
+                "parameters' shape; leave it False"
+            )
+        if self._loaded is not None:
+            for stream, state in zip(self.streams, self._loaded, strict=True):
+                stream.load(state)
+            self._loaded = None
+
+    def _stream(self, flat: Flat, position: int) -> Stream:
+        common = (self.group, flat.buffer, self.schedule, self.meter)
+        if self.modes.staleness:
+            return Stale(*common, self.modes.staleness, position)
+        return InPlace(*common, position)
+
+    def _adopt(self) -> None:
+        """Make every state tensor live in its place; those the optimizer made anew are copied."""
+        state = self.optimizer.state
+        for bucket, name, flat in self.flats:
+            for parameter, view in zip(bucket.parameters, flat.views, strict=True):
+                entry = state.get(parameter)
+                if entry and name in entry and entry[name] is not view:
+                    view.copy_(entry[name])
+                    entry[name] = view
+
+    def post(self, position: int) -> None:
+        """Send the state that the step left; `position` is the weights' step of the schedule."""
+        if not self.flats:
+            self._make(position)
+        self._adopt()
+        for stream in self.streams:
+            stream.post()
+
+    def settle(self) -> None:
+        """Return once the optimizer may step."""
+        for stream in self.streams:
+            stream.settle()
+
+    def finish(self) -> None:
+        """End all rounds under way."""
+        for stream in self.streams:
+            stream.finish()
+
+    def state(self) -> list[dict[str, Any]]:
+        """Of each stream, what a resumed run needs."""
+        return [stream.state() for stream in self.streams]
+
+    def load(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Continue from `states`: at once, or when the first step makes the streams."""
+        if not self.streams:
+            self._loaded = list(states) or None
+            return
+        if len(states) != len(self.streams):
+            raise ArgumentError("the checkpoint's optimizer state is of another kind")
+        for stream, each in zip(self.streams, states, strict=True):
+            stream.load(each)
+
+    def release(self) -> None:
+        """Give the state memory of its own again."""
+        for bucket, name, flat in self.flats:
+            for parameter, view in zip(bucket.parameters, flat.views, strict=True):
+                entry = self.optimizer.state.get(parameter)
+                if entry and entry.get(name) is view:
+                    entry[name] = view.clone()
+
+
+class ModelBuffers:
+    """The float buffers of a model, mixed one step late."""
+
+    def __init__(
+        self, model: torch.nn.Module, group: Group, schedule: Schedule, meter: Meter, modes: Modes
+    ) -> None:
+        self.model = model
+        self.parts: list[tuple[list[str], Flat, Stream]] = []
+        for dtype in DTYPES:
+            named = [(name, each) for name, each in self._buffers().items() if each.dtype == dtype]
+            if named:
+                flat = Flat(group, [each for _, each in named])
+                stream = Stale(group, flat.buffer, schedule, meter, max(1, modes.staleness))
+                self.parts.append(([name for name, _ in named], flat, stream))
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        return {name: each for name, each in self.model.named_buffers() if each.numel()}
+
+    def _copy(self, out: bool) -> None:
+        buffers = self._buffers()
+        with torch.no_grad():
+            for names, flat, _ in self.parts:
+                for name, view in zip(names, flat.views, strict=True):
+                    if out:
+                        view.copy_(buffers[name])
+                    else:
+                        buffers[name].copy_(view)
+
+    def post(self) -> None:
+        """Add what has come in, and send what the buffers hold now."""
+        self._copy(out=True)
+        for _, _, stream in self.parts:
+            stream.post()
+        self._copy(out=False)
+
+    def finish(self) -> None:
+        """Add what is under way."""
+        self._copy(out=True)
+        for _, _, stream in self.parts:
+            stream.finish()
+        self._copy(out=False)
+
+    def state(self) -> list[dict[str, Any]]:
+        """Of each dtype's stream, what a resumed run needs."""
+        return [stream.state() for _, _, stream in self.parts]
+
+    def load(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Continue from `states`."""
+        for (_, _, stream), each in zip(self.parts, states, strict=True):
+            stream.load(each)
