@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+import ucxgossip as ug
+
 DEADLINE = 60.0
 
 
@@ -77,6 +79,27 @@ def as_ranks() -> Callable[..., list[Any]]:
             thread.join(deadline)
         hung = [rank for rank, thread in enumerate(threads) if thread.is_alive()]
         assert not hung, f"ranks {hung} did not end within {deadline} s"
+        return ends
+
+    return run
+
+
+@pytest.fixture
+def job(as_ranks: Callable[..., list[Any]], store: MemoryStore) -> Callable[..., list[Any]]:
+    """Run ``body(group)`` on `size` ranks that joined; what each returned. A failure is raised."""
+
+    def run(
+        size: int, body: Callable[[ug.Group], Any], transport: str = "shm", timeout: float = 30.0
+    ) -> list[Any]:
+        def rank(number: int) -> Any:
+            with ug.join(number, size, store, transport, timeout) as group:
+                return body(group)
+
+        ends = as_ranks(size, rank)
+        failures = [end for end in ends if isinstance(end, BaseException)]
+        if failures:
+            # The first to fail makes the others fail with a PeerError.
+            raise next((f for f in failures if not isinstance(f, ug.errors.PeerError)), failures[0])
         return ends
 
     return run

@@ -1,0 +1,702 @@
+"""Every mode of `attach` on ranks that are threads, against plain torch that averages by hand."""
+
+import copy
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import ucxgossip as ug
+from ucxgossip import errors
+from ucxgossip.schedule import BaseTwo, Dissemination, Hypercube, Ring, Rotated, Schedule
+
+Job = Callable[..., list[Any]]
+F = nn.functional
+STEPS = 9
+
+
+def small_model(seed: int = 0) -> nn.Sequential:
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    return model
+
+
+def batch(rank: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1000 * rank + step)
+    x = torch.randn(4, 5, generator=generator, dtype=torch.float64)
+    return x, torch.randint(3, (4,), generator=generator)
+
+
+def flat(model: nn.Module) -> np.ndarray:
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).numpy().copy()
+
+
+def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    if name == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, step: int
+) -> torch.Tensor:
+    optimizer.zero_grad()
+    x, y = batch(rank, step)
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+class Reference:
+    """All ranks in turn in plain torch: what `attach` should do, written down once more."""
+
+    def __init__(self, size: int, optimizer: str, schedule: Schedule, **modes: Any) -> None:
+        self.size, self.schedule = size, schedule
+        self.mix, self.combine = modes.pop("mix", "both"), modes.pop("combine", "atc")
+        self.with_state = modes.pop("optimizer_state", False)
+        self.stale = modes.pop("staleness", 0)
+        self.local = modes.pop("local_steps", 1)
+        self.every = modes.pop("global_average_every", None)
+        self.outer = modes.pop("outer", None)
+        assert not modes
+        self.models = [small_model(0) for _ in range(size)]
+        self.optimizers = [make_optimizer(optimizer, model) for model in self.models]
+        self.gradient_round, self.weight_round = 0, 0
+        self.corrections: list[list[torch.Tensor]] = []
+        self.slow = [[p.detach().clone() for p in m.parameters()] for m in self.models]
+        self.velocity = [[torch.zeros_like(p) for p in m.parameters()] for m in self.models]
+
+    def weights(self) -> list[list[torch.Tensor]]:
+        return [[p.data for p in model.parameters()] for model in self.models]
+
+    def deltas(self, tensors: list[torch.Tensor], step: int) -> list[torch.Tensor]:
+        parts = [self.schedule.round(rank, step) for rank in range(self.size)]
+        return [
+            torch.zeros_like(own)
+            if part.sender is None
+            else part.weight * (tensors[part.sender] - own)
+            for own, part in zip(tensors, parts, strict=True)
+        ]
+
+    def average(self, rows: list[list[torch.Tensor]], step: int) -> None:
+        for tensors in zip(*rows, strict=True):
+            for own, delta in zip(tensors, self.deltas(list(tensors), step), strict=True):
+                own.add_(delta)
+
+    def states(self) -> list[list[torch.Tensor]]:
+        return [
+            [
+                value
+                for p in model.parameters()
+                for value in optimizer.state[p].values()
+                if torch.is_tensor(value) and value.shape == p.shape
+            ]
+            for model, optimizer in zip(self.models, self.optimizers, strict=True)
+        ]
+
+    def step(self, number: int) -> None:
+        due = (number + 1) % self.local == 0
+        for rank, model in enumerate(self.models):
+            self.optimizers[rank].zero_grad()
+            x, y = batch(rank, number)
+            F.cross_entropy(model(x), y).backward()
+        if self.mix in ("both", "gradients") and due:
+            self.average(
+                [[p.grad for p in model.parameters()] for model in self.models],  # type: ignore[misc]
+                self.gradient_round,
+            )
+            self.gradient_round += 1
+        weights_travel = self.mix != "gradients"
+        if weights_travel and self.combine == "awc" and self.weight_round:
+            self.average(self.weights(), self.weight_round - 1)
+        for each in self.optimizers:
+            each.step()
+        if weights_travel and self.combine == "awc":
+            self.weight_round += 1
+        elif self.every and (number + 1) % self.every == 0:
+            self.average_all()
+        elif weights_travel and due:
+            self.exchange_weights()
+
+    def average_all(self) -> None:
+        for tensors in zip(*self.weights(), strict=True):
+            mean = torch.stack(tensors).mean(0)
+            for each in tensors:
+                each.copy_(mean)
+
+    def exchange_weights(self) -> None:
+        if self.outer:
+            self.outer_step()
+        elif self.stale:
+            assert self.stale == 1  # the only lateness that does not hang on timing
+            self.apply_corrections()
+            self.corrections = [
+                self.deltas(list(tensors), self.weight_round)
+                for tensors in zip(*self.weights(), strict=True)
+            ]
+        else:
+            self.average(self.weights(), self.weight_round)
+        if self.with_state:
+            self.average(self.states(), self.weight_round)
+        self.weight_round += 1
+
+    def apply_corrections(self) -> None:
+        for tensors, deltas in zip(
+            zip(*self.weights(), strict=True), self.corrections, strict=False
+        ):
+            for own, delta in zip(tensors, deltas, strict=True):
+                own.add_(delta)
+        self.corrections = []
+
+    def outer_step(self) -> None:
+        change = [
+            [w - s for w, s in zip(own, slow, strict=True)]
+            for own, slow in zip(self.weights(), self.slow, strict=True)
+        ]
+        self.average(change, self.weight_round)
+        self.average(self.slow, self.weight_round)
+        rate, momentum = self.outer.rate, self.outer.momentum
+        for own, slow, d, v in zip(self.weights(), self.slow, change, self.velocity, strict=True):
+            for i, each in enumerate(own):
+                v[i].mul_(momentum).add_(d[i])
+                slow[i].add_(rate * (d[i] + momentum * v[i]))
+                each.copy_(slow[i])
+
+    def run(self, steps: int) -> list[np.ndarray]:
+        for number in range(steps):
+            self.step(number)
+        if self.stale:
+            self.apply_corrections()
+        return [flat(model) for model in self.models]
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "state": {"optimizer_state": True},
+    "weights-state": {"mix": "weights", "optimizer_state": True},
+    "awc-state": {"combine": "awc", "optimizer_state": True},
+    "stale": {"mix": "weights", "staleness": 1},
+    "local": {"local_steps": 3},
+    "local-state": {"local_steps": 2, "optimizer_state": True, "mix": "weights"},
+    "global": {"global_average_every": 4},
+    "outer": {"mix": "weights", "outer": ug.Nesterov(0.7, 0.5), "local_steps": 2},
+    "outer-both": {"outer": ug.Nesterov(0.9, 0.3)},
+}
+
+
+@pytest.mark.parametrize("transport", ["tcp", "shm"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_mode_equals_the_reference(
+    job: Job, size: int, name: str, optimizer: str, transport: str
+) -> None:
+    modes, schedule = MODES[name], Rotated(Dissemination(size), seed=5)
+    if modes.get("combine") == "awc" and optimizer == "adamw":
+        pytest.skip("one optimizer is enough where the order of weights and steps is what counts")
+
+    def body(group: ug.Group) -> np.ndarray:
+        model = small_model(group.rank)
+        chosen = make_optimizer(optimizer, model)
+        with ug.attach(
+            model, chosen, group, schedule=schedule, bucket_bytes=200, **modes
+        ) as gossip:
+            for step in range(STEPS):
+                train_step(model, chosen, group.rank, step)
+            gossip.wait()
+            found = flat(model)
+        return flat(model) if modes.get("staleness") else found
+
+    if modes.get("combine") == "awc":
+        modes = {**modes}
+        expected = reference_awc_state(size, schedule)
+    else:
+        expected = Reference(size, optimizer, schedule, **modes).run(STEPS)
+    for rank, weights in enumerate(job(size, body, transport)):
+        np.testing.assert_allclose(weights, expected[rank], rtol=1e-9, atol=1e-12)
+
+
+def reference_awc_state(size: int, schedule: Schedule) -> list[np.ndarray]:
+    """awc where the state is averaged after the step: both from what the last step left."""
+    reference = Reference(size, "sgd", schedule, combine="awc")
+    for number in range(STEPS):
+        if number:  # the state of the last step, under this one
+            reference.average(reference.states(), number - 1)
+        before = reference.weight_round
+        if number == 0:
+            # All ranks start equal, so the first round changes nothing; it takes a step all the same.
+            reference.weight_round = 0
+        reference_step_awc(reference, number)
+        assert reference.weight_round == before + 1
+    return [flat(model) for model in reference.models]
+
+
+def reference_step_awc(reference: Reference, number: int) -> None:
+    for rank, model in enumerate(reference.models):
+        reference.optimizers[rank].zero_grad()
+        x, y = batch(rank, number)
+        F.cross_entropy(model(x), y).backward()
+    gradients = [[p.grad for p in model.parameters()] for model in reference.models]
+    reference.average(gradients, number)  # type: ignore[arg-type]
+    reference.average(reference.weights(), number)
+    for each in reference.optimizers:
+        each.step()
+    reference.weight_round += 1
+
+
+@pytest.mark.parametrize(
+    "make", [Hypercube, BaseTwo, Ring, lambda p: Rotated(BaseTwo(p), seed=2)], ids=str
+)
+def test_other_schedules(job: Job, make: Callable[[int], Schedule]) -> None:
+    schedule = make(4)
+
+    def body(group: ug.Group) -> np.ndarray:
+        model = small_model(group.rank)
+        optimizer = make_optimizer("sgd", model)
+        with ug.attach(model, optimizer, group, schedule=schedule) as gossip:
+            for step in range(STEPS):
+                train_step(model, optimizer, group.rank, step)
+            gossip.wait()
+            return flat(model)
+
+    expected = Reference(4, "sgd", schedule).run(STEPS)
+    for rank, weights in enumerate(job(4, body)):
+        np.testing.assert_allclose(weights, expected[rank], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["both", "weights", "awc", "stale2", "push_sum", "state", "outer"])
+def test_mean_over_ranks_is_kept(job: Job, name: str) -> None:
+    """Steps that change nothing (rate 0): whatever is exchanged, the mean of the replicas stays."""
+    modes: dict[str, Any] = {
+        "both": {},
+        "weights": {"mix": "weights"},
+        "awc": {"combine": "awc"},
+        "stale2": {"staleness": 2, "mix": "weights"},
+        "push_sum": {"mix": "push_sum"},
+        "state": {"optimizer_state": True},
+        "outer": {"outer": ug.Nesterov(1.0, 0.0), "mix": "weights"},
+    }[name]
+    starts = [small_model(rank) for rank in range(4)]
+
+    def body(group: ug.Group) -> tuple[np.ndarray, float]:
+        model = small_model(0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.5)
+        with ug.attach(model, optimizer, group, bucket_bytes=200, **modes) as gossip:
+            state = gossip.state_dict()
+            model.load_state_dict(starts[group.rank].state_dict())
+            gossip.load_state_dict(state)
+            for step in range(12):
+                train_step(model, optimizer, group.rank, step)
+            if name == "push_sum":  # each weighs by its mass
+                gossip.synchronize()
+            distance = gossip.consensus_distance()
+        return flat(model), distance
+
+    ends = job(4, body)
+    mean = np.mean([flat(model) for model in starts], axis=0)
+    np.testing.assert_allclose(np.mean([end for end, _ in ends], axis=0), mean, rtol=1e-12)
+    assert ends[0][1] < 0.5  # and they came closer: at first it is above 0.8
+
+
+def test_deferred_rule_is_awc_at_half_the_rate() -> None:
+    """The authors' ``(w_i(t+1) + w_j(t)) / 2`` with rate 2r is awc with rate r."""
+    size, schedule = 4, Rotated(Dissemination(4), seed=1)
+    start = [torch.randn(50, dtype=torch.float64) for _ in range(size)]
+    deferred, awc = [w.clone() for w in start], [w.clone() for w in start]
+
+    def gradient(w: torch.Tensor) -> torch.Tensor:
+        return w - torch.sin(3 * w)
+
+    for step in range(20):
+        senders = [schedule.round(rank, step).sender for rank in range(size)]
+        deferred = [
+            (w - 0.2 * gradient(w) + deferred[j]) / 2  # type: ignore[index]
+            for w, j in zip(deferred, senders, strict=True)
+        ]
+        awc = [
+            w + 0.5 * (awc[j] - w) - 0.1 * gradient(w)  # type: ignore[index]
+            for w, j in zip(awc, senders, strict=True)
+        ]
+    for left, right in zip(deferred, awc, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(5)
+        self.out = nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.norm(x))
+
+
+def test_buffers_are_mixed_one_step_late(job: Job) -> None:
+    torch.manual_seed(0)
+    first = Normed()
+    schedule = Dissemination(2)
+
+    def body(group: ug.Group) -> dict[str, torch.Tensor]:
+        model = copy.deepcopy(first)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with ug.attach(model, optimizer, group, schedule=schedule, buffers=True):
+            for step in range(3):
+                optimizer.zero_grad()
+                x, y = batch(group.rank, step)
+                F.cross_entropy(model(x.float()), y).backward()
+                optimizer.step()
+            assert int(model.norm.num_batches_tracked) == 3
+        return {name: each.clone() for name, each in model.named_buffers()}
+
+    norms = [copy.deepcopy(first.norm) for _ in range(2)]
+    late = [torch.zeros(5), torch.zeros(5)]
+    for step in range(3):
+        for rank, norm in enumerate(norms):
+            norm(batch(rank, step)[0].float())
+        for rank, norm in enumerate(norms):
+            norm.running_mean += late[rank]  # type: ignore[operator]
+        means = [norm.running_mean.clone() for norm in norms]  # type: ignore[operator]
+        late = [(means[1] - means[0]) / 2, (means[0] - means[1]) / 2]
+    for rank, found in enumerate(job(2, body)):
+        expected = norms[rank].running_mean + late[rank]  # type: ignore[operator]
+        torch.testing.assert_close(found["norm.running_mean"], expected)
+
+
+# --- steps that a rank leaves out --------------------------------------------------------------
+
+
+def test_grad_scaler_that_skips_on_one_rank(job: Job) -> None:
+    """Rank 0 overflows once; everyone ends, in step, with whole and close weights."""
+
+    def body(group: ug.Group) -> tuple[np.ndarray, float, list[float], int]:
+        model = small_model().float()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+        scales = []
+        with ug.attach(model, optimizer, group, scaler=scaler) as gossip:
+            for step in range(8):
+                optimizer.zero_grad()
+                x, y = batch(group.rank, step)
+                loss = F.cross_entropy(model(x.float()), y)
+                if group.rank == 0 and step == 3:
+                    loss = loss * float("inf")
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                scales.append(scaler.get_scale())
+            steps = gossip.stats()["steps"]
+            distance = gossip.consensus_distance()
+            weights = flat(model)
+        return weights, distance, scales, steps
+
+    ends = job(4, body)
+    assert any(scales[-1] == 512.0 for _, _, scales, _ in ends)
+    assert any(scales[-1] == 1024.0 for _, _, scales, _ in ends)
+    assert all(np.isfinite(weights).all() for weights, *_ in ends)
+    assert all(steps in (7, 8) for *_, steps in ends)  # 7: its last zero_grad is still to come
+    assert ends[0][1] < 0.1
+
+
+def test_scaled_gradients_are_averaged_unscaled(job: Job) -> None:
+    def body(group: ug.Group) -> np.ndarray:
+        model = small_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (5 + group.rank))
+        with ug.attach(model, optimizer, group, mix="gradients", scaler=scaler):
+            optimizer.zero_grad()
+            x, y = batch(group.rank, 0)
+            scaler.scale(F.cross_entropy(model(x), y)).backward()
+            scaler.unscale_(optimizer)
+            return torch.cat([p.grad.reshape(-1) for p in model.parameters()]).numpy().copy()
+
+    reference = Reference(2, "sgd", Dissemination(2), mix="gradients")
+    for rank, model in enumerate(reference.models):
+        F.cross_entropy(model(batch(rank, 0)[0]), batch(rank, 0)[1]).backward()
+    expected = sum(
+        torch.cat([p.grad.reshape(-1) for p in model.parameters()]).numpy() / 2  # type: ignore[union-attr]
+        for model in reference.models
+    )
+    for gradients in job(2, body):
+        np.testing.assert_allclose(gradients, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("mix", ["both", "weights", "gradients"])
+def test_skipped_steps_keep_ranks_in_step(job: Job, mix: str) -> None:
+    def body(group: ug.Group) -> tuple[int, np.ndarray]:
+        model = small_model()
+        optimizer = make_optimizer("sgd", model)
+        with ug.attach(model, optimizer, group, mix=mix) as gossip:
+            for step in range(6):
+                if group.rank == 1 and step in (2, 5):
+                    gossip.skip_step()
+                else:
+                    train_step(model, optimizer, group.rank, step)
+            gossip.wait()
+            rounds = gossip.stats()["rounds"]
+            return rounds, flat(model)
+
+    ends = job(3, body)
+    assert len({rounds for rounds, _ in ends}) == 1
+    assert all(np.isfinite(weights).all() for _, weights in ends)
+
+
+def test_lbfgs_calls_its_closure_many_times(job: Job) -> None:
+    def body(group: ug.Group) -> float:
+        model = small_model()
+        optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+        with ug.attach(model, optimizer, group, mix="weights") as gossip:
+            for step in range(4):
+                x, y = batch(group.rank, step)
+
+                def closure() -> torch.Tensor:
+                    optimizer.zero_grad()
+                    loss = F.cross_entropy(model(x), y)  # noqa: B023
+                    loss.backward()
+                    return loss
+
+                optimizer.step(closure)
+            assert gossip.stats()["steps"] == 4
+            return gossip.consensus_distance()
+
+    assert all(np.isfinite(job(2, body)))
+
+
+# --- checkpoints -------------------------------------------------------------------------------
+
+
+def resumable() -> Iterator[tuple[str, dict[str, Any]]]:
+    yield "both", {}
+    yield "weights", {"mix": "weights"}
+    yield "gradients", {"mix": "gradients"}
+    yield "awc", {"combine": "awc"}
+    yield "stale", {"mix": "weights", "staleness": 1}
+    yield "state", {"optimizer_state": True}
+    yield "awc-state", {"optimizer_state": True, "combine": "awc"}
+    yield "local", {"local_steps": 2, "optimizer_state": True}
+    yield "outer", {"outer": ug.Nesterov(), "local_steps": 2}
+    yield "global", {"global_average_every": 3}
+
+
+@pytest.mark.parametrize(("name", "modes"), list(resumable()))
+def test_resumed_run_goes_on_bit_for_bit(job: Job, name: str, modes: dict[str, Any]) -> None:
+    size, half, steps = 3, 5, 11
+    files: list[list[bytes]] = [[] for _ in range(size)]
+
+    def start(group: ug.Group) -> tuple[nn.Module, torch.optim.Optimizer, ug.Gossip]:
+        model = small_model(group.rank)
+        optimizer = make_optimizer("adamw", model)
+        return model, optimizer, ug.attach(model, optimizer, group, bucket_bytes=200, **modes)
+
+    def whole(group: ug.Group) -> np.ndarray:
+        model, optimizer, gossip = start(group)
+        with gossip:
+            for step in range(steps):
+                if step == half:
+                    file = io.BytesIO()
+                    torch.save(
+                        [model.state_dict(), optimizer.state_dict(), gossip.state_dict()], file
+                    )
+                    files[group.rank].append(file.getvalue())
+                train_step(model, optimizer, group.rank, step)
+        return flat(model)
+
+    def resumed(group: ug.Group) -> np.ndarray:
+        model, optimizer, gossip = start(group)
+        with gossip:
+            saved = torch.load(io.BytesIO(files[group.rank][0]), weights_only=False)
+            model.load_state_dict(saved[0])
+            optimizer.load_state_dict(saved[1])
+            gossip.load_state_dict(saved[2])
+            for step in range(half, steps):
+                train_step(model, optimizer, group.rank, step)
+        return flat(model)
+
+    first = job(size, whole)
+    for weights in files:
+        assert len(weights) == 1
+    second = job(size, resumed)
+    for left, right in zip(first, second, strict=True):
+        assert np.array_equal(left, right)
+
+
+def test_resumed_within_one_attachment(job: Job) -> None:
+    """Going back to an earlier state of the same run, rounds under way or not."""
+
+    def body(group: ug.Group) -> tuple[np.ndarray, np.ndarray]:
+        model = small_model()
+        optimizer = make_optimizer("adamw", model)
+        ends = []
+        with ug.attach(model, optimizer, group, optimizer_state=True) as gossip:
+            for step in range(3):
+                train_step(model, optimizer, group.rank, step)
+            saved = copy.deepcopy([model.state_dict(), optimizer.state_dict(), gossip.state_dict()])
+            for _ in range(2):
+                for step in range(3, 7):
+                    train_step(model, optimizer, group.rank, step)
+                ends.append(flat(model) if gossip.wait() is None else None)
+                model.load_state_dict(saved[0])
+                optimizer.load_state_dict(copy.deepcopy(saved[1]))
+                gossip.load_state_dict(saved[2])
+        return ends[0], ends[1]  # type: ignore[return-value]
+
+    for first, second in job(3, body):
+        assert np.array_equal(first, second)
+
+
+def test_checkpoint_of_other_modes_is_refused(store: Any) -> None:
+    with ug.join(0, 1, store) as group:
+        model = small_model()
+        optimizer = make_optimizer("sgd", model)
+        with ug.attach(model, optimizer, group) as gossip:
+            saved = gossip.state_dict()
+        with (
+            ug.attach(model, optimizer, group, mix="weights") as gossip,
+            pytest.raises(errors.ArgumentError, match="has mix: 'both', this run has 'weights'"),
+        ):
+            gossip.load_state_dict(saved)
+
+
+# --- push-sum ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transport", ["tcp", "shm"])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_push_sum_trains_and_conserves(job: Job, size: int, transport: str) -> None:
+    """Ranks at their own pace: one does half the steps of the others."""
+
+    def body(group: ug.Group) -> tuple[float, float, dict[str, Any]]:
+        model = small_model(group.rank)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        with ug.attach(model, optimizer, group, mix="push_sum", bucket_bytes=200) as gossip:
+            for step in range(20 if group.rank else 40):
+                train_step(model, optimizer, group.rank, step)
+            gossip._whole()
+            masses = [bucket.weights_stream.mass for bucket in gossip._buckets]  # type: ignore[union-attr]
+            stats = gossip.stats()
+            distance = gossip.consensus_distance()
+            group.agree("over", {})
+            return masses[0], distance, stats
+
+    ends = job(size, body, transport)
+    assert sum(mass for mass, _, _ in ends) == size  # halves and sums of few powers of two: exact
+    assert ends[0][1] < 0.3
+    assert sum(stats["rounds"] for _, _, stats in ends) > 0
+    assert all(set(stats["staleness"]) <= set(range(size)) for _, _, stats in ends)
+
+
+# --- torch.compile and several models ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["whole", "inner", "in-place", "after"])
+def test_compiled_modules(job: Job, how: str) -> None:
+    models = {}
+    for rank in range(2):
+        model: Any = small_model()
+        if how == "inner":
+            model[0] = torch.compile(model[0], backend="eager")
+        elif how == "in-place":
+            model.compile(backend="eager")
+        elif how == "whole":
+            model = torch.compile(model, backend="eager")
+        models[rank] = model
+
+    def body(group: ug.Group) -> np.ndarray:
+        model = models[group.rank]
+        optimizer = make_optimizer("sgd", model)
+        with ug.attach(model, optimizer, group, bucket_bytes=200) as gossip:
+            called = torch.compile(model, backend="eager") if how == "after" else model
+            for step in range(4):
+                train_step(called, optimizer, group.rank, step)
+            gossip.wait()
+            return flat(model)
+
+    # One rank at a time would hang, two threads may not compile at once: ahead of the ranks.
+    for rank, model in models.items():
+        called = torch.compile(model, backend="eager") if how == "after" else model
+        called(batch(rank, 0)[0])
+    expected = Reference(2, "sgd", Rotated(Dissemination(2), seed=0)).run(4)
+    for rank, weights in enumerate(job(2, body)):
+        np.testing.assert_allclose(weights, expected[rank], rtol=1e-9, atol=1e-12)
+    torch.compiler.reset()
+
+
+def test_two_models_of_one_job(job: Job) -> None:
+    """As a GAN: the second's loss goes through the first, whose gradients are then dropped."""
+
+    def body(group: ug.Group) -> tuple[float, float]:
+        torch.manual_seed(0)
+        makes = nn.Linear(5, 5).double()
+        judges = small_model()
+        first = torch.optim.Adam(judges.parameters(), lr=0.01)
+        second = torch.optim.Adam(makes.parameters(), lr=0.01)
+        with (
+            ug.attach(judges, first, group) as one,
+            ug.attach(makes, second, group, mix="weights") as two,
+        ):
+            for step in range(4):
+                x, y = batch(group.rank, step)
+                first.zero_grad()
+                F.cross_entropy(judges(makes(x).detach()), y).backward()
+                first.step()
+                second.zero_grad()
+                (-F.cross_entropy(judges(makes(x)), y)).backward()
+                second.step()
+            return one.consensus_distance(), two.consensus_distance()
+
+    for distances in job(2, body):
+        assert max(distances) < 1e-9  # two ranks: the mean after each step
+
+
+# --- what a user sees --------------------------------------------------------------------------
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.lines: dict[str, tuple[float, int | None]] = {}
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int | None = None) -> None:
+        self.lines[tag] = (float(scalar_value), global_step)
+
+
+def test_stats_and_writer(job: Job) -> None:
+    def body(group: ug.Group) -> tuple[dict[str, Any], Recorder]:
+        model = small_model(0)
+        optimizer = make_optimizer("sgd", model)
+        writer = Recorder()
+        with ug.attach(model, optimizer, group, mix="weights", staleness=1) as gossip:
+            for step in range(6):
+                train_step(model, optimizer, group.rank, step)
+            gossip.write(writer)
+            stats = gossip.stats()
+        return stats, writer
+
+    for rank, (stats, writer) in enumerate(job(3, body)):
+        assert stats["steps"] == 6 and stats["rounds"] == 6
+        assert stats["bytes"] == 6 * 8 * 72  # 66 weights in 5 tensors of 64-byte steps
+        assert stats["distance"] > 0 and stats["disagreement"] == pytest.approx(
+            stats["distance"] ** 0.5
+        )
+        assert set(stats["staleness"]) <= {0, 1, 2} - {rank}
+        assert set(stats["staleness"].values()) == {1.0}
+        assert writer.lines["gossip/rounds"] == (6.0, 6)
+        assert writer.lines["gossip/staleness_mean"] == (1.0, 6)
+        assert set(writer.lines) >= {"gossip/bytes", "gossip/disagreement", "gossip/hidden"}
+
+
+def test_summary_writer_of_torch(store: Any, tmp_path: Any) -> None:
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    with ug.join(0, 1, store) as group:
+        model = small_model()
+        optimizer = make_optimizer("sgd", model)
+        with (
+            ug.attach(model, optimizer, group) as gossip,
+            tensorboard.SummaryWriter(str(tmp_path)) as writer,
+        ):
+            gossip.write(writer, step=7)
+    assert list(tmp_path.iterdir())
