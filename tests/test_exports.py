@@ -17,11 +17,16 @@ from ucxgossip import ucp
 Python = Callable[..., subprocess.CompletedProcess[str]]
 
 TOP = [
+    "BaseTwo",
     "Broadcast",
     "Dissemination",
     "GlobalAverage",
     "Gossip",
     "Group",
+    "Hierarchical",
+    "Hypercube",
+    "RandomMatching",
+    "Ring",
     "Rotated",
     "Round",
     "Schedule",

@@ -11,9 +11,14 @@ from ucxgossip import errors, ucp
 from ucxgossip.engine import Tuning
 from ucxgossip.group import Group, join
 from ucxgossip.schedule import (
+    BaseTwo,
     Broadcast,
     Dissemination,
     GlobalAverage,
+    Hierarchical,
+    Hypercube,
+    RandomMatching,
+    Ring,
     Rotated,
     Round,
     Schedule,
@@ -26,11 +31,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BaseTwo",
     "Broadcast",
     "Dissemination",
     "GlobalAverage",
     "Gossip",
     "Group",
+    "Hierarchical",
+    "Hypercube",
+    "RandomMatching",
+    "Ring",
     "Rotated",
     "Round",
     "Schedule",
