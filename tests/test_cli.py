@@ -83,6 +83,16 @@ def test_doctor(transport: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "# " in capsys.readouterr().out
 
 
+def test_schedules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "schedules.json"
+    assert main(["schedules", "--ranks", "3,8", "--json", str(path)]) == 0
+    found = json.loads(path.read_text())["rows"]
+    assert {row["ranks"] for row in found} == {3, 8}
+    assert {row["bench"] for row in found} == {"schedules"}
+    lines = [line for line in capsys.readouterr().out.splitlines() if line[0] != "#"]
+    assert len(lines) == len(found)
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -91,6 +101,8 @@ def test_doctor(transport: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
         ["bench", "put", "--sizes", "0"],
         ["bench", "exchange", "--ranks", "two"],
         ["bench", "exchange", "--ranks", "1"],
+        ["schedules", "--ranks", "two"],
+        ["schedules", "--ranks", "4,1"],
         ["bench", "exchange", "--sizes", "6"],
         ["bench", "exchange", "--against", "carrier_pigeon"],
     ],
@@ -106,7 +118,10 @@ def test_bad_arguments_exit_with_2(
     assert not path.exists()
 
 
-@pytest.mark.parametrize("command", [["--help"], ["doctor", "--help"], ["bench", "put", "--help"]])
+@pytest.mark.parametrize(
+    "command",
+    [["--help"], ["doctor", "--help"], ["schedules", "--help"], ["bench", "put", "--help"]],
+)
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(command)

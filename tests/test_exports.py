@@ -17,11 +17,17 @@ from ucxgossip import ucp
 Python = Callable[..., subprocess.CompletedProcess[str]]
 
 TOP = [
+    "BaseTwo",
     "Broadcast",
     "Dissemination",
     "GlobalAverage",
     "Gossip",
     "Group",
+    "Hierarchical",
+    "Hypercube",
+    "Nesterov",
+    "RandomMatching",
+    "Ring",
     "Rotated",
     "Round",
     "Schedule",

@@ -12,9 +12,14 @@ from ucxgossip.engine import Tuning
 from ucxgossip.group import Group, join
 from ucxgossip.mixing import Nesterov
 from ucxgossip.schedule import (
+    BaseTwo,
     Broadcast,
     Dissemination,
     GlobalAverage,
+    Hierarchical,
+    Hypercube,
+    RandomMatching,
+    Ring,
     Rotated,
     Round,
     Schedule,
@@ -27,12 +32,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BaseTwo",
     "Broadcast",
     "Dissemination",
     "GlobalAverage",
     "Gossip",
     "Group",
+    "Hierarchical",
+    "Hypercube",
     "Nesterov",
+    "RandomMatching",
+    "Ring",
     "Rotated",
     "Round",
     "Schedule",

@@ -1,4 +1,4 @@
-"""The command line: ``ucxgossip doctor``, ``ucxgossip bench put``, ``ucxgossip bench exchange``."""
+"""The command line: ``ucxgossip doctor``, ``schedules``, ``bench put`` and ``bench exchange``."""
 
 from __future__ import annotations
 
@@ -31,12 +31,21 @@ def _bench_exchange(options: argparse.Namespace) -> Result:
     from ucxgossip.bench import exchange
 
     peers = [name for name in options.against.split(",") if name]
-    try:
-        ranks = [int(each) for each in options.ranks.split(",")]
-    except ValueError:
-        raise ArgumentError(f"--ranks {options.ranks!r}: write numbers such as 2,4,8") from None
-    sizes = parse_sizes(options.sizes)
+    ranks, sizes = _parse_ranks(options.ranks), parse_sizes(options.sizes)
     return exchange.run(options.transport, ranks, sizes, peers, options.repeats, options.seconds)
+
+
+def _schedules(options: argparse.Namespace) -> Result:
+    from ucxgossip.bench import topology
+
+    return topology.run(_parse_ranks(options.ranks), options.markdown)
+
+
+def _parse_ranks(text: str) -> list[int]:
+    try:
+        return [int(each) for each in text.split(",")]
+    except ValueError:
+        raise ArgumentError(f"--ranks {text!r}: write numbers such as 2,4,8") from None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -54,6 +63,19 @@ def parser() -> argparse.ArgumentParser:
         "emulated and whether the target must progress, and measure puts between two processes.",
     )
     _common(doctor, _doctor)
+
+    schedules = commands.add_parser(
+        "schedules",
+        help="how fast each schedule brings ranks to agree",
+        description="Compute, per schedule and number of ranks, the period, whether it gives the "
+        "exact mean of all, and which share of the distance to it is left after a period and a "
+        "step. Nothing is measured, and no UCX needed.",
+    )
+    schedules.set_defaults(action=_schedules)
+    _json(schedules)
+    ranks = "2,3,4,6,8,16,24,64,100"
+    schedules.add_argument("--ranks", default=ranks, help=f"numbers of ranks (default: {ranks})")
+    schedules.add_argument("--markdown", action="store_true", help="print a Markdown table")
 
     bench = commands.add_parser("bench", help="measure, beside the peers")
     benches = bench.add_subparsers(required=True, metavar="WHAT")
@@ -85,6 +107,10 @@ def _common(command: argparse.ArgumentParser, action: Callable[..., Result]) -> 
     command.add_argument(
         "--transport", default="auto", help=f"one of {', '.join(TRANSPORTS)} (default: auto)"
     )
+    _json(command)
+
+
+def _json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", metavar="FILE", help="write the environment and the rows here")
 
 
@@ -104,9 +130,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 when it measured what it says, 2 with a message otherwise."""
     options = parser().parse_args(arguments)
     try:
-        if options.transport not in TRANSPORTS:
+        transport = getattr(options, "transport", "auto")  # schedules has none
+        if transport not in TRANSPORTS:
             raise ArgumentError(
-                f"unknown transport {options.transport!r}; choose one of {', '.join(TRANSPORTS)}"
+                f"unknown transport {transport!r}; choose one of {', '.join(TRANSPORTS)}"
             )
         facts, rows = options.action(options)
         if options.json:
