@@ -75,8 +75,9 @@ def reference(size: int, steps: int, optimizer: str, mix: str, combine: str) -> 
                 tensors[rank].add_(0.5 * (before[sender] - before[rank]))
 
     def average_weights(step: int) -> None:
+        # With both, weights go to the partner of the next round.
         for tensors in zip(*(model.parameters() for model in models), strict=True):
-            average([tensor.data for tensor in tensors], step)
+            average([tensor.data for tensor in tensors], step + (mix == "both"))
 
     for step in range(steps):
         for rank, model in enumerate(models):

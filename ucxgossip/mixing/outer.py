@@ -19,12 +19,20 @@ class Outer:
     """The stream (see `stream.Stream`) of weights under `Nesterov`; the formula stands there."""
 
     def __init__(
-        self, group: Group, buffer: Buffer, schedule: Schedule, meter: Meter, settings: Nesterov
+        self,
+        group: Group,
+        buffer: Buffer,
+        schedule: Schedule,
+        meter: Meter,
+        settings: Nesterov,
+        position: int = 0,
     ) -> None:
         self.array, self.settings = array_of(buffer), settings
         count, dtype = len(self.array), self.array.dtype
-        self._slow = InPlace(group, registered(group, count, dtype), schedule, meter)
-        self._change = InPlace(group, registered(group, count, dtype), schedule, meter)
+        self._slow, self._change = (
+            InPlace(group, registered(group, count, dtype), schedule, meter, position)
+            for _ in range(2)
+        )
         self.velocity = np.zeros(count, dtype)
         self.open = False
 

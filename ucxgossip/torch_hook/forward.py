@@ -53,8 +53,9 @@ def _reachable(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, torch
         if at in seen:
             return
         seen.add(at)
-        yield at, server or at
-        inner = server or (at if is_compiled(at) else None)
+        # "is None" throughout: the truth of a module may be its length.
+        yield at, at if server is None else server
+        inner = at if server is None and is_compiled(at) else server
         for child in at.children():
             yield from walk(child, inner)
 

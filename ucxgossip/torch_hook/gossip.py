@@ -117,13 +117,16 @@ class Gossip:
     def _weights_stream(self, bucket: Bucket) -> Stream:
         modes = self.modes
         common = (self.group, bucket.weights.buffer, self.schedule, self._meter)
+        # Weights go to another partner than the same step's gradients: what a rank computes then
+        # reaches four in a step, for the same bytes (docs/training.md).
+        first = int(modes.gradients_travel)
         if modes.mix == "push_sum":
             return PushSum(*common, self._collective)
         if modes.outer is not None:
-            return Outer(*common, modes.outer)
+            return Outer(*common, modes.outer, first)
         if modes.staleness:
-            return Stale(*common, modes.staleness)
-        return Held(*common) if modes.combine == "awc" else InPlace(*common)
+            return Stale(*common, modes.staleness, first)
+        return Held(*common, first) if modes.combine == "awc" else InPlace(*common, first)
 
     def _broadcast(self) -> None:
         """Rank 0's weights, frozen parameters and buffers to all."""
