@@ -156,7 +156,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="synthetic (noise, for speed), cifar10:DIR (DIR holds cifar-10-batches-py) or"
         " imagenet:DIR (DIR holds train/CLASS/*.JPEG and perhaps val/CLASS/*.JPEG)",
     )
-    parser.add_argument("--epochs", type=positive, default=1, metavar="N", help="passes over it")
+    parser.add_argument(
+        "--epochs", type=positive, default=1, metavar="N", help="passes over the data"
+    )
     parser.add_argument(
         "--steps",
         type=positive,
@@ -172,10 +174,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--momentum", type=number, default=0.9, metavar="M", help="of SGD; each rank has its own"
     )
     parser.add_argument(
-        "--mix", choices=("both", "weights", "gradients"), default="both", help="what is averaged"
+        "--mix", choices=("both", "weights", "gradients"), default="both", help="what travels"
     )
     parser.add_argument(
-        "--combine", choices=("atc", "awc"), default="atc", help="average after the step or beside"
+        "--combine",
+        choices=("atc", "awc"),
+        default="atc",
+        help="average after the step, or beside it",
     )
     parser.add_argument(
         "--transport", choices=("auto", "tcp", "shm"), default="auto", help="of the exchange"
