@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 Shape = tuple[int, int, int]  # channels, height, width
-Labelled = Dataset[tuple[Tensor, int]]
 
 CIFAR_SHAPE = (3, 32, 32)
 CIFAR_CLASSES = 10
@@ -32,6 +31,13 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 class DataError(Exception):
     """Data that are not there or not what they should be; the message says where."""
+
+
+class Labelled(Dataset[tuple[Tensor, int]]):
+    """Images and their classes, of which it is known how many there are."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
 
 
 class Data(NamedTuple):
@@ -78,7 +84,7 @@ def normalised(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
 class Synthetic(Labelled):
     """Noise with labels: a few images over and over, so that making them costs no time.
 
-    For the time of a step, or to see a loss fall; all there is to learn is those few by heart.
+    For the time of a step; there is nothing to learn but those few by heart.
     """
 
     def __init__(self, shape: Shape, classes: int, seed: int = 0) -> None:
