@@ -474,6 +474,7 @@ def resumable() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "local", {"local_steps": 2, "optimizer_state": True}
     yield "outer", {"outer": ug.Nesterov(), "local_steps": 2}
     yield "global", {"global_average_every": 3}
+    yield "noise", {"noise_correction": True, "optimizer_state": True}
 
 
 @pytest.mark.parametrize(("name", "modes"), list(resumable()))
@@ -569,7 +570,7 @@ def test_push_sum_trains_and_conserves(job: Job, size: int, transport: str) -> N
         with ug.attach(model, optimizer, group, mix="push_sum", bucket_bytes=200) as gossip:
             for step in range(20 if group.rank else 40):
                 train_step(model, optimizer, group.rank, step)
-            gossip._whole()
+            gossip._exchange.finish()
             masses = [bucket.weights_stream.mass for bucket in gossip._buckets]  # type: ignore[union-attr]
             stats = gossip.stats()
             distance = gossip.consensus_distance()
@@ -693,3 +694,93 @@ def test_summary_writer_of_torch(store: Any, tmp_path: Any) -> None:
         ):
             gossip.write(writer, step=7)
     assert list(tmp_path.iterdir())
+
+
+# --- the noise correction ----------------------------------------------------------------------
+
+
+def test_noise_correction_equals_the_formula(job: Job) -> None:
+    """Adam written down by hand, with the corrected second moment in the denominator."""
+    size, steps, rate, betas, eps, decay = 4, 8, 0.01, (0.9, 0.95), 1e-8, 0.02
+    schedule = Rotated(Dissemination(size), seed=3)
+
+    def body(group: ug.Group) -> tuple[np.ndarray, dict[str, Any]]:
+        model = small_model()
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=rate, betas=betas, eps=eps, weight_decay=decay
+        )
+        with ug.attach(
+            model, optimizer, group, schedule=schedule, bucket_bytes=200, noise_correction=True
+        ) as gossip:
+            for step in range(steps):
+                optimizer.zero_grad()
+                x, y = batch(group.rank, step)
+                F.cross_entropy(model(x), y).backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+                optimizer.step()
+            gossip.wait()
+            return flat(model), optimizer.state_dict()
+
+    models = [small_model() for _ in range(size)]
+    count = len(flat(models[0]))
+    w = np.tile(flat(models[0]), (size, 1))
+    m, v, n = np.zeros((3, size, count))
+    for step in range(steps):
+        g = np.empty_like(w)
+        for rank, model in enumerate(models):
+            torch.nn.utils.vector_to_parameters(torch.from_numpy(w[rank]), model.parameters())
+            model.zero_grad()
+            x, y = batch(rank, step)
+            F.cross_entropy(model(x), y).backward()
+            g[rank] = torch.cat([p.grad.reshape(-1) for p in model.parameters()]).numpy()  # type: ignore[union-attr]
+        senders = [schedule.round(rank, step).sender for rank in range(size)]
+        d, g = (g[senders] - g) / 2, (g[senders] + g) / 2
+        clip = np.minimum(1.0, 0.05 / (np.linalg.norm(g, axis=1, keepdims=True) + 1e-6))
+        d, g = clip * d, clip * g
+        m = betas[0] * m + (1 - betas[0]) * g
+        v = betas[1] * v + (1 - betas[1]) * g * g
+        n = betas[1] * n + (1 - betas[1]) * (1 - 2 / size) * d * d
+        # Adam makes its state in its first step, which is as it always is.
+        corrected = np.maximum(v - n, 2 / size * v) if step else v
+        unbiased = corrected / (1 - betas[1] ** (step + 1))
+        w = w * (1 - rate * decay)
+        w -= rate / (1 - betas[0] ** (step + 1)) * m / (np.sqrt(unbiased) + eps)
+        senders = [schedule.round(rank, step + 1).sender for rank in range(size)]
+        w = (w + w[senders]) / 2
+    for rank, (weights, state) in enumerate(job(size, body)):
+        np.testing.assert_allclose(weights, w[rank], rtol=1e-8, atol=1e-11)
+        saved = state["state"]
+        found = np.concatenate([saved[i]["exp_avg_sq"].reshape(-1).numpy() for i in range(4)])
+        np.testing.assert_allclose(found, v[rank], rtol=1e-8, atol=1e-15)
+        found = np.concatenate([saved[i]["exp_avg_noise"].reshape(-1).numpy() for i in range(4)])
+        np.testing.assert_allclose(found, n[rank], rtol=1e-8, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "changes", "word"),
+    [
+        (torch.optim.SGD, {}, "is for Adam and AdamW, not SGD"),
+        (torch.optim.AdamW, {"mix": "weights"}, "needs mix='both'"),
+        (torch.optim.AdamW, {"staleness": 1}, "staleness=0"),
+        (torch.optim.AdamW, {"local_steps": 2}, "local_steps=1"),
+    ],
+)
+def test_noise_correction_where_there_is_nothing_to_correct(
+    store: Any, optimizer: Any, changes: dict[str, Any], word: str
+) -> None:
+    model = small_model()
+    with ug.join(0, 1, store) as group, pytest.raises(errors.GossipError, match=word):
+        chosen = optimizer(model.parameters(), lr=0.1)
+        ug.attach(model, chosen, group, noise_correction=True, **changes)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "amsgrad"])
+def test_optimizers_without_what_a_mode_needs(store: Any, kind: str) -> None:
+    model = small_model()
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    modes = {"optimizer_state": True}
+    if kind == "amsgrad":
+        optimizer = torch.optim.Adam(model.parameters(), amsgrad=True)
+        modes = {"noise_correction": True}
+    with ug.join(0, 1, store) as group, pytest.raises(errors.ModelError, match="leave it False"):
+        ug.attach(model, optimizer, group, **modes)

@@ -127,7 +127,13 @@ class Rendezvous:
             except Exception as error:
                 if not _is_timeout(error):
                     raise
-            self.raise_if_aborted()
+            try:
+                self.raise_if_aborted()
+            except PeerError:
+                # Who left may have left because of the answer that this rank waits for.
+                if self.store.check([key]):
+                    return
+                raise
             if stop and self.store.check([stop]):
                 return
             waited = time.monotonic() - start

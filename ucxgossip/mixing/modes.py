@@ -59,6 +59,7 @@ class Modes:
     local_steps: int = 1
     global_average_every: int | None = None
     outer: Nesterov | None = None
+    noise_correction: bool = False
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -66,6 +67,7 @@ class Modes:
             ("combine", self.combine, COMBINES),
             ("optimizer_state", self.optimizer_state, (False, True)),
             ("buffers", self.buffers, (False, True)),
+            ("noise_correction", self.noise_correction, (False, True)),
         ):
             if value not in known:
                 choices = ", ".join(repr(each) for each in known)

@@ -22,7 +22,9 @@ from ucxgossip.schedule import (
     endless,
 )
 from ucxgossip.torch_hook.bucket import check_device, partition
-from ucxgossip.torch_hook.gossip import MARK, Gossip, Scaler
+from ucxgossip.torch_hook.gossip import MARK, Gossip
+from ucxgossip.torch_hook.gradients import Scaler
+from ucxgossip.torch_hook.noise import check_noise_correction
 from ucxgossip.torch_hook.state import check_optimizer_state
 
 BUCKET_BYTES = 1 << 22
@@ -43,6 +45,7 @@ def attach(
     local_steps: int = 1,
     global_average_every: int | None = None,
     outer: Nesterov | None = None,
+    noise_correction: bool = False,
     scaler: Scaler | None = None,
 ) -> Gossip:
     """Make `model` and `optimizer` gossip within `group`. Collective.
@@ -57,7 +60,9 @@ def attach(
     weights from before the step, beside it). staleness=k: what comes in is mixed up to k steps
     late, against a snapshot of its step. local_steps=k: a round only every k-th step.
     global_average_every=h: every h-th step the exact mean of all ranks in place of a round, which
-    waits for all. outer: an outer optimizer over the rounds, `ug.Nesterov`.
+    waits for all. outer: an outer optimizer over the rounds, `ug.Nesterov`. noise_correction: Adam
+    and AdamW make steps as large as under all-reduce (docs/training.md), for three more copies of
+    the parameters.
 
     With whom: schedule is `Rotated(Dissemination(size), seed=0)` by default, `Dissemination(size)`
     for push_sum. bucket_bytes: size of what travels at a time. scaler: the `GradScaler` in use, if
@@ -68,11 +73,21 @@ def attach(
     `SparseGradientError`, `ScheduleError`, `ArgumentError`, `MismatchError`.
     """
     modes = Modes(
-        mix, combine, optimizer_state, buffers, staleness, local_steps, global_average_every, outer
+        mix,
+        combine,
+        optimizer_state,
+        buffers,
+        staleness,
+        local_steps,
+        global_average_every,
+        outer,
+        noise_correction,
     )
     _check_model(model, optimizer)
     if modes.optimizer_state:
         check_optimizer_state(optimizer)
+    if modes.noise_correction:
+        check_noise_correction(modes, optimizer)
     if isinstance(bucket_bytes, bool) or not isinstance(bucket_bytes, int) or bucket_bytes < 1:
         raise ArgumentError(f"bucket_bytes is {bucket_bytes!r}; must be at least 1")
     chosen = _choose(schedule, group, modes)

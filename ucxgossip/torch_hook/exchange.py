@@ -1,0 +1,245 @@
+"""All that travels for one attached model: its streams, made, driven and saved together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ucxgossip.group import Group
+from ucxgossip.mixing import Collective, Held, InPlace, Meter, Modes, Outer, PushSum, Stale, Stream
+from ucxgossip.schedule import Schedule
+from ucxgossip.torch_hook.bucket import DTYPES, Bucket
+from ucxgossip.torch_hook.state import ModelBuffers, OptimizerState
+
+
+class Exchange:
+    """Weights, gradients, the optimizer's state and the model's buffers, as `modes` says."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        group: Group,
+        modes: Modes,
+        schedule: Schedule,
+        runs: Sequence[Sequence[torch.nn.Parameter]],
+    ) -> None:
+        self.model, self.group, self.modes, self.schedule = model, group, modes, schedule
+        self.meter, self.collective = Meter(), Collective(group)
+        self.buckets = [Bucket(group, run, modes.gradients_travel) for run in runs]
+        self.order = list(self.buckets)
+        # Whoever is wanted first comes first: backward completes the last bucket first.
+        for bucket in reversed(self.buckets):
+            if bucket.gradients is not None:
+                bucket.gradients_stream = self._gradients_stream(bucket.gradients.buffer)
+        for bucket in self.buckets:
+            if modes.weights_travel:
+                bucket.weights_stream = self._weights_stream(bucket)
+        self.state = (
+            OptimizerState(optimizer, self.buckets, group, schedule, self.meter, modes)
+            if modes.optimizer_state
+            else None
+        )
+        self.buffers = (
+            ModelBuffers(model, group, schedule, self.meter, modes) if modes.buffers else None
+        )
+
+    def _gradients_stream(self, buffer: Any) -> Stream:
+        common = (self.group, buffer, self.schedule, self.meter)
+        if self.modes.staleness:
+            return Stale(*common, self.modes.staleness, before=False)
+        return InPlace(*common)
+
+    def _weights_stream(self, bucket: Bucket) -> Stream:
+        modes = self.modes
+        common = (self.group, bucket.weights.buffer, self.schedule, self.meter)
+        # Weights go to another partner than the same step's gradients: what a rank computes then
+        # reaches four in a step, for the same bytes (docs/training.md).
+        first = int(modes.gradients_travel)
+        if modes.mix == "push_sum":
+            return PushSum(*common, self.collective)
+        if modes.outer is not None:
+            return Outer(*common, modes.outer, first)
+        if modes.staleness:
+            return Stale(*common, modes.staleness, first)
+        return Held(*common, first) if modes.combine == "awc" else InPlace(*common, first)
+
+    # --- a step --------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """The weights are equal on all ranks."""
+        for bucket in self.buckets:
+            if bucket.weights_stream is not None:
+                bucket.weights_stream.begin()
+
+    def settle(self) -> None:
+        """Return once the optimizer may step."""
+        for stream in self._weights():
+            stream.settle()
+        self.settle_state()
+
+    def settle_state(self) -> None:
+        """Return once the optimizer's state is whole."""
+        if self.state is not None:
+            self.state.settle()
+
+    def post(self) -> None:
+        """Send what the step has left, in the order in which the next forward needs it."""
+        streams = self._weights()
+        position = next((stream.position for stream in streams), 0)
+        for stream in streams:
+            stream.post()
+        if self.state is not None:
+            self.state.post(position)
+        if self.buffers is not None:
+            self.buffers.post()
+
+    def wait(self, buckets: Iterable[Bucket] | None = None) -> None:
+        """Return once the weights of `buckets` (all by default) may be read."""
+        for bucket in self.buckets if buckets is None else buckets:
+            if bucket.weights_stream is not None:
+                bucket.weights_stream.wait()
+
+    def _weights(self) -> list[Stream]:
+        return [each.weights_stream for each in self.order if each.weights_stream is not None]
+
+    # --- exact, over all ranks -----------------------------------------------------------------
+
+    @property
+    def arrays(self) -> list[NDArray[Any]]:
+        """The weights, one array a bucket."""
+        return [bucket.weights.array for bucket in self.buckets]
+
+    def broadcast(self) -> None:
+        """Rank 0's weights, frozen parameters and buffers to all."""
+        for array in self.arrays:
+            self.collective.broadcast(array)
+        rest = [p.data for p in self.model.parameters() if not p.requires_grad]
+        rest += list(self.model.buffers())
+        if not rest:
+            return
+        blob = np.concatenate([_bytes_of(tensor) for tensor in rest])
+        self.collective.broadcast(blob)
+        start = 0
+        for tensor in rest:
+            nbytes = tensor.numel() * tensor.element_size()
+            _set_bytes(tensor, blob[start : start + nbytes])
+            start += nbytes
+
+    def finish(self) -> None:
+        """End every round under way."""
+        for bucket in self.buckets:
+            for stream in (bucket.gradients_stream, bucket.weights_stream):
+                if stream is not None:
+                    stream.finish()
+        for part in (self.state, self.buffers):
+            if part is not None:
+                part.finish()
+
+    def average_weights(self) -> None:
+        """The exact mean on all ranks, from which the streams begin anew."""
+        for bucket in self.buckets:
+            if bucket.weights_stream is not None:
+                bucket.weights_stream.average(self.collective)
+            else:
+                self.collective.average(bucket.weights.array)
+        self.begin()
+
+    def average_buffers(self) -> None:
+        """The exact mean of the float buffers on all ranks."""
+        if self.buffers is not None:
+            self.buffers.finish()
+        for buffer in self.model.buffers():
+            if buffer.dtype in DTYPES and buffer.numel():
+                flat = buffer.detach().numpy().reshape(-1).copy()
+                self.collective.average(flat)
+                buffer.copy_(torch.from_numpy(flat).view(buffer.shape))
+
+    # --- checkpoints ---------------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        """What a resumed run needs beside the tensors themselves."""
+        self.wait()
+        return {
+            "weights": [_state(bucket.weights_stream) for bucket in self.buckets],
+            "gradients": [_state(bucket.gradients_stream) for bucket in self.buckets],
+            "optimizer": [] if self.state is None else self.state.state(),
+            "buffers": [] if self.buffers is None else self.buffers.state(),
+        }
+
+    def quiet(self) -> None:
+        """End every round under way and let none of them change weights or buffers."""
+        arrays = [array.copy() for array in self.arrays]
+        buffers = [each.clone() for each in self.model.buffers()]
+        self.finish()
+        for array, values in zip(self.arrays, arrays, strict=True):
+            array[:] = values
+        for buffer, value in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(value)
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Continue from `saved`. After `quiet`, and a meeting of all ranks."""
+        for bucket, weights, gradients in zip(
+            self.buckets, saved["weights"], saved["gradients"], strict=True
+        ):
+            if bucket.weights_stream is not None:
+                bucket.weights_stream.load(weights)
+            if bucket.gradients_stream is not None:
+                bucket.gradients_stream.load(gradients)
+        if self.state is not None:
+            self.state.load(saved["optimizer"])
+        if self.buffers is not None:
+            self.buffers.load(saved["buffers"])
+
+    # --- the end -------------------------------------------------------------------------------
+
+    def adopt(self) -> None:
+        """Move the parameters' data into the buckets."""
+        for bucket in self.buckets:
+            bucket.adopt()
+
+    def release(self) -> None:
+        """Give parameters, gradients and state memory of their own again."""
+        if self.state is not None:
+            self.state.release()
+        for bucket in self.buckets:
+            bucket.release()
+
+    def stats(self) -> dict[str, Any]:
+        """The part of `Gossip.stats` that the rounds make."""
+        meter = self.meter
+        streams = [each.weights_stream or each.gradients_stream for each in self.buckets]
+        distance = sum(stream.distance for stream in streams if stream is not None)
+        masses = [stream.mass for stream in streams if isinstance(stream, PushSum)]
+        hidden = 1.0 - meter.wait_s / meter.exchange_s if meter.exchange_s > 0 else 1.0
+        return {
+            "rounds": meter.rounds,
+            "bytes": meter.nbytes,
+            "waits": meter.waits,
+            "wait_s": meter.wait_s,
+            "exchange_s": meter.exchange_s,
+            "hidden": min(1.0, max(0.0, hidden)),
+            "distance": distance,
+            "disagreement": float(np.sqrt(distance)),
+            "skipped": meter.skipped,
+            "staleness": meter.staleness(),
+            "mass": float(np.mean(masses)) if masses else 1.0,
+        }
+
+
+def _state(stream: Stream | None) -> dict[str, Any] | None:
+    return None if stream is None else stream.state()
+
+
+def _bytes_of(tensor: torch.Tensor) -> NDArray[np.uint8]:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _set_bytes(tensor: torch.Tensor, blob: NDArray[np.uint8]) -> None:
+    flat = torch.from_numpy(blob.copy()).view(tensor.dtype)
+    with torch.no_grad():
+        tensor.copy_(flat.view(tensor.shape))
