@@ -1,15 +1,18 @@
 """The ways to train together that `bench train` compares, by name.
 
 ``local``, ``allreduce``, and gossip: ``gossip-MIX-COMBINE`` as `attach` takes them, with options
-after ``+``: ``gossip-both-atc+state``, ``gossip-weights-atc+stale2+local4``.
+after ``+``: ``gossip-both-atc+state``, ``gossip-weights-atc+stale2``.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ucxgossip.errors import ArgumentError
+
+ALONE = ("local", "allreduce")
 
 BASES: dict[str, tuple[str, str]] = {
     "gossip-both-atc": ("both", "atc"),
@@ -22,15 +25,24 @@ BASES: dict[str, tuple[str, str]] = {
 }
 """(mix, combine) by name. deferred: the authors' rule, ``(w_i(t+1) + w_j(t)) / 2``."""
 
-ALONE = ("local", "allreduce")
+BOTH_SHIFT = 0
+"""By how many rounds `attach` mixes the weights later than the gradients of the same step."""
 
 OPTIONS = {
     "state": "the optimizer's state is mixed as the weights are",
-    "staleN": "weights put at one step are mixed N steps later, as a difference",
-    "localK": "rounds in every K-th step only",
-    "globalH": "and the exact mean of all in every H-th step",
+    "staleN": "weights put in one step are mixed N steps later, as a difference",
+    "globalH": "the exact mean of all in every H-th step as well",
+    "localK": "rounds in every K-th step only (simulation only)",
     "dropF": "each put is left out with probability F (simulation only)",
-    "shiftN": "the weights' round is N later than the gradients' (simulation only)",
+    "shiftN": "weights are mixed by the round N later than the gradients' (simulation only)",
+}
+
+_FIELDS = {
+    "stale": "staleness",
+    "global": "global_every",
+    "local": "local_steps",
+    "drop": "drop",
+    "shift": "shift",
 }
 
 
@@ -39,7 +51,8 @@ class Method:
     """One way to train together.
 
     mix: what travels ("both", "weights", "gradients", "push_sum", or "" where there is no
-    gossip); combine: when the weights are averaged ("atc", "awc", "deferred").
+    gossip); combine: when the weights are averaged ("atc", "awc", "deferred"). The other fields
+    are what `OPTIONS` says.
     """
 
     name: str
@@ -58,9 +71,16 @@ class Method:
         return self.mix != ""
 
     @property
+    def weights_travel(self) -> bool:
+        """Whether weights are mixed, by whatever rule."""
+        return self.mix not in ("", "gradients")
+
+    @property
     def simulated_only(self) -> bool:
         """Whether `attach` has no such mode."""
-        return self.combine == "deferred" or self.drop > 0 or self.shift > 0
+        usual = BOTH_SHIFT if self.mix == "both" else 0
+        deferred = self.combine == "deferred"
+        return deferred or self.drop > 0 or self.local_steps > 1 or self.shift != usual
 
 
 def parse(name: str) -> Method:
@@ -71,47 +91,49 @@ def parse(name: str) -> Method:
     if base not in BASES:
         raise _unknown(name)
     mix, combine = BASES[base]
-    chosen = {"mix": mix, "combine": combine}
-    return Method(name, **_options(name, options, chosen))  # type: ignore[arg-type]
-
-
-def _options(name: str, options: list[str], chosen: dict[str, str]) -> dict[str, object]:
-    fields = {
-        "stale": "staleness",
-        "local": "local_steps",
-        "global": "global_every",
-        "drop": "drop",
-        "shift": "shift",
-    }
-    found: dict[str, object] = dict(chosen)
+    method = Method(name, mix, combine, shift=BOTH_SHIFT if mix == "both" else 0)
+    given: set[str] = set()
     for option in options:
-        match = re.fullmatch(r"(state|[a-z]+?)(\d+(?:\.\d+)?)?", option)
-        word, value = (match[1], match[2]) if match else (option, None)
-        if word == "state" and value is None and "state" not in found:
-            found["state"] = True
-        elif word in fields and value is not None and fields[word] not in found:
-            if word != "drop" and "." in value:
-                raise _unknown(name)
-            found[fields[word]] = float(value) if word == "drop" else int(value)
-        else:
+        match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)?", option)
+        if match is None or match[1] in given:
             raise _unknown(name)
-    travels = chosen["mix"] != "gradients"
-    if not travels and {"state", "staleness", "shift"} & set(found):
-        raise ArgumentError(f"method {name!r}: no weights travel for +state, +stale or +shift")
-    if found.get("staleness", 0) and chosen["combine"] != "atc":
-        raise ArgumentError(f"method {name!r}: +staleN goes with -atc only")
-    if found.get("staleness", 0) and chosen["mix"] == "push_sum":
-        raise ArgumentError(f"method {name!r}: +staleN does not go with push_sum")
-    if found.get("local_steps", 1) == 0:
-        raise ArgumentError(f"method {name!r}: +localK starts at 1")
-    if float(found.get("drop", 0.0)) > 1:  # type: ignore[arg-type]
-        raise ArgumentError(f"method {name!r}: +dropF is a probability, from 0 to 1")
-    return found
+        word, value = match[1], match[2]
+        given.add(word)
+        method = replace(method, **_option(name, word, value))
+    _check(method)
+    return method
+
+
+def _option(name: str, word: str, value: str | None) -> dict[str, Any]:
+    if word == "state" and value is None:
+        return {"state": True}
+    if word not in _FIELDS or value is None:
+        raise _unknown(name)
+    if word == "drop":
+        return {"drop": float(value)}
+    if not value.isdecimal():
+        raise _unknown(name)
+    return {_FIELDS[word]: int(value)}
+
+
+def _check(method: Method) -> None:
+    """`ArgumentError` for options that do not go together."""
+    wrong = None
+    if not method.weights_travel and (method.state or method.staleness or method.shift):
+        wrong = "no weights travel that +state, +stale or +shift could mean"
+    elif method.staleness and (method.combine != "atc" or method.mix == "push_sum"):
+        wrong = "+staleN goes with both-atc and weights-atc only"
+    elif method.local_steps < 1:
+        wrong = "+localK starts at 1"
+    elif method.drop > 1:
+        wrong = "+dropF is a probability, from 0 to 1"
+    if wrong:
+        raise ArgumentError(f"method {method.name!r}: {wrong}")
 
 
 def _unknown(name: str) -> ArgumentError:
     known = ", ".join([*ALONE, *BASES])
     options = "; ".join(f"+{option}: {what}" for option, what in OPTIONS.items())
     return ArgumentError(
-        f"unknown method {name!r}; choose of {known}; gossip takes options once each: {options}"
+        f"unknown method {name!r}; choose of {known}; gossip takes options, each once: {options}"
     )
