@@ -1,4 +1,4 @@
-"""The command line: ``ucxgossip doctor``, ``schedules``, ``bench put`` and ``bench exchange``."""
+"""The command line: ``ucxgossip doctor``, ``schedules``, ``bench put``, ``exchange``, ``train``."""
 
 from __future__ import annotations
 
@@ -30,22 +30,51 @@ def _bench_put(options: argparse.Namespace) -> Result:
 def _bench_exchange(options: argparse.Namespace) -> Result:
     from ucxgossip.bench import exchange
 
-    peers = [name for name in options.against.split(",") if name]
-    ranks, sizes = _parse_ranks(options.ranks), parse_sizes(options.sizes)
+    peers = _names(options.against)
+    ranks, sizes = _whole("--ranks", options.ranks, "2,4,8"), parse_sizes(options.sizes)
     return exchange.run(options.transport, ranks, sizes, peers, options.repeats, options.seconds)
 
 
 def _schedules(options: argparse.Namespace) -> Result:
     from ucxgossip.bench import topology
 
-    return topology.run(_parse_ranks(options.ranks), options.markdown)
+    return topology.run(_whole("--ranks", options.ranks, "2,4,8"), options.markdown)
 
 
-def _parse_ranks(text: str) -> list[int]:
+def _bench_train(options: argparse.Namespace) -> Result:
+    from ucxgossip.bench import train
+
+    rates = options.rates if options.rate is None else options.rate
+    return train.run(
+        options.model,
+        _whole("--ranks", options.ranks, "4,8"),
+        _names(options.methods),
+        optimizer=options.optimizer,
+        rates=None if rates is None else _numbers("--rates", rates, float, "0.01,0.03"),
+        shards=options.shards,
+        decay=options.decay,
+        steps=options.steps,
+        batch=options.batch,
+        seeds=options.seeds,
+        simulate=options.simulate,
+        transport=options.transport,
+        plot=options.plot,
+    )
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _whole(option: str, text: str, example: str) -> list[int]:
+    return [int(each) for each in _numbers(option, text, int, example)]
+
+
+def _numbers(option: str, text: str, kind: Callable[[str], float], example: str) -> list[float]:
     try:
-        return [int(each) for each in text.split(",")]
+        return [kind(each) for each in text.split(",")]
     except ValueError:
-        raise ArgumentError(f"--ranks {text!r}: write numbers such as 2,4,8") from None
+        raise ArgumentError(f"{option} {text!r}: write numbers such as {example}") from None
 
 
 def parser() -> argparse.ArgumentParser:
@@ -99,7 +128,55 @@ def parser() -> argparse.ArgumentParser:
         help="peers to measure as well: gloo_allreduce,gloo_gossip",
     )
     _repeats(exchange, repeats=9, seconds=0.2)
+    _train(benches)
     return top
+
+
+def _train(benches: Any) -> None:
+    train = benches.add_parser(
+        "train",
+        help="accuracy that gossip, all-reduce and no communication reach, and their step times",
+        description="Train small models on data that needs no download: scikit-learn's digits, "
+        "the standard library's source. Paired seeds: for a seed, every method has the same first "
+        "weights and the same batches. Accuracies are percent of the test set, after the last "
+        "step: mean over replicas, and the worst replica; both means over seeds. Consensus is the "
+        "replicas' relative RMS distance. Efficiency is the step time of method local over a "
+        "method's own, in the same processes.",
+        epilog="Methods: local; allreduce (DDP over gloo); gossip-both-atc, gossip-both-awc, "
+        "gossip-weights-atc, gossip-weights-awc, gossip-gradients, gossip-push_sum, and "
+        "gossip-deferred (the authors' rule). Options after +: state (optimizer's state too), "
+        "staleN (mixed N steps late), localK (rounds every K-th step), globalH (exact mean every "
+        "H-th step), dropF (lost puts), shiftN. Example: gossip-both-atc+state. A constant rate "
+        "shows disagreement that a cosine decay hides.",
+    )
+    _common(train, _bench_train)
+    train.add_argument("--model", default="lenet", help="lenet, convnet or gpt (default: lenet)")
+    train.add_argument("--ranks", default="4", help="numbers of ranks, such as 4,8 (default: 4)")
+    train.add_argument(
+        "--methods",
+        default="local,allreduce,gossip-both-atc",
+        help="what to compare (default: local,allreduce,gossip-both-atc)",
+    )
+    train.add_argument("--optimizer", default="sgd", help="sgd (momentum 0.9) or adamw")
+    rate = train.add_mutually_exclusive_group()
+    rate.add_argument("--rate", help="learning rate (default: one at which all-reduce does well)")
+    rate.add_argument(
+        "--rates",
+        help="learning rates to try, such as 0.01,0.02,0.04; reported is each method's own best, "
+        "by its worst replica on the test set",
+    )
+    train.add_argument("--shards", default="iid", help="iid or skewed (few labels a rank)")
+    train.add_argument("--decay", default="constant", help="constant or cosine")
+    train.add_argument("--steps", type=int, help="steps of each run (default: 400)")
+    train.add_argument("--batch", type=int, help="samples a rank and step (default: 16; gpt: 8)")
+    train.add_argument("--seeds", type=int, default=5, help="runs of each method (default: 5)")
+    train.add_argument(
+        "--simulate",
+        action="store_true",
+        help="all ranks in one process: accuracies only, by the same schedule and mix; without it "
+        "each rank is a process",
+    )
+    train.add_argument("--plot", metavar="FILE", help="draw the runs as PNG (needs matplotlib)")
 
 
 def _common(command: argparse.ArgumentParser, action: Callable[..., Result]) -> None:

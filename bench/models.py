@@ -1,0 +1,105 @@
+"""The models of `bench train`. No dropout, no batch norm: pure functions of weights and input.
+
+So that a replica can be computed by ``torch.func`` for all ranks at once, and so that what is
+compared is the averaging of weights and nothing beside it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CONTEXT = 32
+"""Characters that `Gpt` sees."""
+
+
+class LeNet(nn.Sequential):
+    """LeNet-5's layers at the size of 1x8x8 images: 19,754 parameters."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__(
+            nn.Conv2d(1, 6, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(6, 16, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(16 * 2 * 2, 120),
+            nn.ReLU(),
+            nn.Linear(120, 84),
+            nn.ReLU(),
+            nn.Linear(84, classes),
+        )
+
+
+class ConvNet(nn.Sequential):
+    """Three convolutions, strides in place of pooling, one linear layer, for 1x8x8 images."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__(
+            nn.Conv2d(1, 16, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, kernel_size=3, padding=1, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(32, 32, kernel_size=3, padding=1, stride=2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(32 * 2 * 2, classes),
+        )
+
+
+class Block(nn.Module):
+    """A transformer block, norms first."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.feed = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width),
+            nn.GELU(),
+            nn.Linear(4 * width, width),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        shape = (batch, length, self.heads, width // self.heads)
+        q, k, v = (
+            each.reshape(shape).transpose(1, 2)
+            for each in self.qkv(self.before(x)).split(width, dim=-1)
+        )
+        seen = torch.ones(length, length, dtype=torch.bool).tril()
+        scores = (q @ k.transpose(-2, -1)) * (width // self.heads) ** -0.5
+        attention = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+        x = x + self.out((attention @ v).transpose(1, 2).reshape(batch, length, width))
+        fed: Tensor = x + self.feed(x)
+        return fed
+
+
+class Gpt(nn.Module):
+    """A character model: embeddings, two blocks, a linear head. (batch, length) to logits."""
+
+    def __init__(self, vocabulary: int, width: int = 64, heads: int = 2, blocks: int = 2) -> None:
+        super().__init__()
+        self.characters = nn.Embedding(vocabulary, width)
+        self.places = nn.Parameter(torch.zeros(CONTEXT, width))
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(blocks)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        nn.init.normal_(self.characters.weight, std=0.1)
+        nn.init.normal_(self.places, std=0.1)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        x = self.characters(codes) + self.places[: codes.shape[1]]
+        logits: Tensor = self.head(self.norm(self.blocks(x)))
+        return logits
+
+
+def loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross entropy, over samples or over their characters."""
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
