@@ -25,14 +25,15 @@ BASES: dict[str, tuple[str, str]] = {
 }
 """(mix, combine) by name. deferred: the authors' rule, ``(w_i(t+1) + w_j(t)) / 2``."""
 
-BOTH_SHIFT = 0
+BOTH_SHIFT = 1
 """By how many rounds `attach` mixes the weights later than the gradients of the same step."""
 
 OPTIONS = {
     "state": "the optimizer's state is mixed as the weights are",
     "staleN": "weights put in one step are mixed N steps later, as a difference",
-    "globalH": "the exact mean of all in every H-th step as well",
-    "localK": "rounds in every K-th step only (simulation only)",
+    "globalH": "the exact mean of all in place of the round of every H-th step",
+    "localK": "rounds in every K-th step only",
+    "noise": "Adam's second moment without the noise that an all-reduce would average away",
     "dropF": "each put is left out with probability F (simulation only)",
     "shiftN": "weights are mixed by the round N later than the gradients' (simulation only)",
 }
@@ -64,6 +65,7 @@ class Method:
     global_every: int = 0
     drop: float = 0.0
     shift: int = 0
+    noise: bool = False
 
     @property
     def gossips(self) -> bool:
@@ -80,7 +82,7 @@ class Method:
         """Whether `attach` has no such mode."""
         usual = BOTH_SHIFT if self.mix == "both" else 0
         deferred = self.combine == "deferred"
-        return deferred or self.drop > 0 or self.local_steps > 1 or self.shift != usual
+        return deferred or self.drop > 0 or self.shift != usual
 
 
 def parse(name: str) -> Method:
@@ -105,8 +107,8 @@ def parse(name: str) -> Method:
 
 
 def _option(name: str, word: str, value: str | None) -> dict[str, Any]:
-    if word == "state" and value is None:
-        return {"state": True}
+    if word in ("state", "noise") and value is None:
+        return {word: True}
     if word not in _FIELDS or value is None:
         raise _unknown(name)
     if word == "drop":
@@ -123,6 +125,10 @@ def _check(method: Method) -> None:
         wrong = "no weights travel that +state, +stale or +shift could mean"
     elif method.staleness and (method.combine != "atc" or method.mix == "push_sum"):
         wrong = "+staleN goes with both-atc and weights-atc only"
+    elif method.state and method.mix == "push_sum":
+        wrong = "push-sum moves weights only"
+    elif method.noise and (method.mix != "both" or method.staleness or method.local_steps > 1):
+        wrong = "+noise goes with both, in every step"
     elif method.local_steps < 1:
         wrong = "+localK starts at 1"
     elif method.drop > 1:

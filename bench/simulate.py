@@ -22,9 +22,13 @@ from ucxgossip.bench.methods import Method
 from ucxgossip.bench.models import loss
 from ucxgossip.bench.setting import Outcome, Setting, consensus, make_optimizer
 from ucxgossip.kernels.cpu import mix_
+from ucxgossip.kernels.second_moment import correct, noise_share
 from ucxgossip.schedule import Dissemination, GlobalAverage, Rotated, Schedule
 
 Rows = NDArray[np.float32]
+
+NOISE = "exp_avg_noise"
+"""The optimizer's state entry of the running mean of the noise, as under `attach`."""
 
 
 class Replicas:
@@ -63,6 +67,7 @@ class Mixer:
     def __init__(self, method: Method, schedule: Schedule, seed: int) -> None:
         self.method, self.schedule = method, schedule
         self.mass = np.ones(schedule.size)
+        self.gradient_round, self.weight_round = 0, method.shift
         self._put: deque[tuple[int, Rows]] = deque()
         self._chance = np.random.default_rng((seed, 3))
         self._arrives = np.ones(schedule.size, dtype=bool)
@@ -171,34 +176,92 @@ def _step(
 ) -> None:
     """What happens between two forwards: rounds of gradients, the optimizer, rounds of weights."""
     rows, slopes = weights.numpy(), gradients.numpy()
-    number, left = divmod(step + 1, method.local_steps)
-    number -= 1  # of the rounds so far
-    rounds = method.gossips and left == 0
-    if rounds:
+    due = method.gossips and (step + 1) % method.local_steps == 0
+    if due:
         mixer.begin_step()
     if method.name == "allreduce":
         gradients = gradients.mean(dim=0).expand_as(weights).contiguous()
-    if rounds and method.mix in ("both", "gradients"):
-        mixer.mix(slopes, number)
-    number += method.shift
+    noise = Noise(mixer, optimizer, weights, slopes) if method.noise else None
+    if due and method.mix in ("both", "gradients"):
+        mixer.mix(slopes, mixer.gradient_round)
+        mixer.gradient_round += 1
     before = rows.copy() if method.combine == "deferred" else None
-    if rounds and method.combine == "awc" and method.mix != "gradients":
-        mixer.mix(rows, number)
+    if due and method.combine == "awc" and method.weights_travel:
+        mixer.mix(rows, mixer.weight_round)
     weights.grad = gradients
+    if noise is not None:
+        noise.before_step()
     optimizer.step()
-    state = _state(optimizer, weights) if method.state else []
-    if rounds and method.mix == "push_sum":
-        mixer.push_sum([rows, *state], number)
-    elif rounds and method.mix != "gradients":
-        if method.staleness:
-            mixer.mix_late(rows, number)
-        elif method.combine != "awc":
-            mixer.mix(rows, number, before)
-        for each in state:
-            mixer.mix(each, number)
+    if noise is not None:
+        noise.after_step()
     if method.global_every and (step + 1) % method.global_every == 0:
-        for each in (rows, *state):
-            average(each)
+        average(rows)
+    elif due and method.weights_travel:
+        _exchange(method, mixer, rows, before, _state(optimizer, weights) if method.state else [])
+
+
+def _exchange(
+    method: Method, mixer: Mixer, rows: Rows, before: Rows | None, state: list[Rows]
+) -> None:
+    """The round after the step. before: what is put where that is not `rows` themselves."""
+    number = mixer.weight_round
+    mixer.weight_round += 1
+    if method.mix == "push_sum":
+        mixer.push_sum([rows], number)
+    elif method.staleness:
+        mixer.mix_late(rows, number)
+    elif method.combine != "awc":
+        mixer.mix(rows, number, before)
+    for each in state:
+        # Under awc state and weights of one step meet at the next one.
+        mixer.mix(each, number + (method.combine == "awc"))
+
+
+class Noise:
+    """The noise correction of one step, by the kernel of the package, on all rows at once."""
+
+    def __init__(
+        self, mixer: Mixer, optimizer: torch.optim.Optimizer, weights: Tensor, slopes: Rows
+    ) -> None:
+        self.optimizer, self.weights, self.mixed = optimizer, weights, slopes
+        self.own = slopes.copy()
+        size = mixer.schedule.size
+        parts = [mixer.schedule.round(rank, mixer.gradient_round) for rank in range(size)]
+        weight = [part.weight if part.sender is not None else 0.0 for part in parts]
+        self.share = [noise_share(each, size) if each else 0.0 for each in weight]
+        self.scale = np.array([1 / (2 * each) if each else 0.0 for each in weight], np.float32)
+        self.floor = np.float32(2 / max(2, size))
+        self.raw = np.empty_like(slopes)
+
+    def _beta(self) -> float:
+        return float(self.optimizer.param_groups[0]["betas"][1])
+
+    def before_step(self) -> None:
+        """Put moments in place from which the step arrives at the corrected ones."""
+        self.half = (self.mixed - self.own) * self.scale[:, None]
+        state = self.optimizer.state.get(self.weights, {})
+        if NOISE not in state:
+            return
+        for rank, share in enumerate(self.share):
+            correct(
+                state["exp_avg_sq"].numpy()[rank],
+                state[NOISE].numpy()[rank],
+                self.raw[rank],
+                self.mixed[rank],
+                self.half[rank],
+                np.float32(self._beta()),
+                np.float32(share),
+                self.floor,
+            )
+
+    def after_step(self) -> None:
+        """Put the uncorrected moments back; the first step makes the state."""
+        state = self.optimizer.state[self.weights]
+        if NOISE in state:
+            state["exp_avg_sq"].numpy()[:] = self.raw
+            return
+        rest = np.float32(1 - self._beta()) * np.array(self.share, np.float32)
+        state[NOISE] = torch.from_numpy(rest[:, None] * self.half * self.half)
 
 
 def _state(optimizer: torch.optim.Optimizer, weights: Tensor) -> list[Rows]:

@@ -27,7 +27,6 @@ from ucxgossip.bench.models import loss
 from ucxgossip.bench.setting import Outcome, Setting, consensus, make_optimizer
 from ucxgossip.errors import ArgumentError
 from ucxgossip.group import Group, join
-from ucxgossip.schedule import Dissemination, Rotated
 from ucxgossip.torch_hook import Gossip, attach
 
 _TIMEOUT_S = 120.0
@@ -71,8 +70,10 @@ def _trained_by(
             mix=method.mix,
             combine=method.combine,
             optimizer_state=method.state,
-            schedule=Rotated(Dissemination(group.size), seed=0),
             staleness=method.staleness,
+            local_steps=method.local_steps,
+            global_average_every=method.global_every or None,
+            noise_correction=method.noise,
         ) as gossip:
             yield _Replica(model, model, gossip)
 
@@ -97,9 +98,6 @@ def train(task: tasks.Task, method: Method, setting: Setting, group: Group) -> O
             made = loss(replica.called(task.inputs[chosen]), task.targets[chosen])
             made.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            every = method.global_every
-            if replica.gossip is not None and every and (step + 1) % every == 0:
-                replica.gossip.synchronize()
             times.append(time.perf_counter() - begun)
             if step + 1 in when:
                 replica.settle()

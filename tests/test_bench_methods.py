@@ -26,7 +26,6 @@ def test_names() -> None:
         "gossip-deferred",
         "gossip-push_sum+drop0.5",
         f"gossip-both-atc+shift{BOTH_SHIFT + 1}",
-        "gossip-weights-atc+local2",
     ],
 )
 def test_simulated_only(name: str) -> None:
