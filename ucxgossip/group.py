@@ -176,6 +176,18 @@ class Group:
         self._check_usable()
         self._meeting.agree(name, facts)
 
+    def share(self, name: str, blob: bytes, merge: Callable[[list[bytes]], bytes]) -> bytes:
+        """What rank 0's `merge` makes of the blobs of all ranks, in order. Collective.
+
+        It goes through the store: for what is rare and small. A `name` serves one call.
+        """
+        self._check_usable()
+        self._meeting.publish(name, blob)
+        if self.rank == 0:
+            blobs = [self._meeting.collect(name, rank) for rank in range(self.size)]
+            self._meeting.publish(f"{name} merged", merge(blobs))
+        return self._meeting.collect(f"{name} merged", 0)
+
     def mailbox(self, nbytes: int, depth: int = 2) -> Mailbox:
         """A stream of rounds of at most `nbytes` each, `depth` of which may wait. Collective."""
         self._check_usable()
