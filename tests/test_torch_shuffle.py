@@ -1,6 +1,7 @@
 """`Shuffled` on ranks that are threads: nothing lost or doubled, each batch where it should be."""
 
 import gc
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ucxgossip as ug
 from ucxgossip import errors
-from ucxgossip.torch_hook.shuffle import WINDOW, Shuffled
+from ucxgossip.torch_hook.shuffle import WINDOW, Ring, Shuffled
 
 Ranks = Callable[..., list[Any]]
 Job = Callable[..., list[Any]]
@@ -369,12 +370,10 @@ def test_a_batch_may_be_changed_by_its_user(job: Job) -> None:
         def fresh() -> list[Any]:
             return [(x.clone(), y.clone()) for x, y in shards[group.rank]]
 
-        loader = Stream([])
-        shuffled, events = watched(group, Sized(fresh(), 4))
+        shuffled, events = watched(group, fresh())
         for x, y in shuffled:
             x.zero_()
             y.fill_(-1)
-        del loader
         shuffled.loader = fresh()
         return watch(shuffled, events)
 
@@ -402,6 +401,62 @@ def test_the_next_batch_is_under_way_before_this_one_is_yielded(job: Job) -> Non
         assert step == steps - 1
 
     check(job(size, body))
+
+
+def test_what_is_sent_is_not_overwritten_by_the_next(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 has its batch 2 ready before anyone can take its batch 1."""
+    shards = [shard(rank, [ROWS] * 4) for rank in range(3)]
+    ready = threading.Event()
+    prepare = Ring.prepare
+
+    def watched_prepare(ring: Ring, step: int, distance: int, batch: Any) -> None:
+        prepare(ring, step, distance, batch)
+        if (ring.group.rank, step) == (0, 2):
+            ready.set()
+
+    monkeypatch.setattr(Ring, "prepare", watched_prepare)
+
+    class Late(Sized):
+        def __iter__(self) -> Iterator[Any]:
+            for step, batch in enumerate(self.batches):
+                assert step != 1 or ready.wait(TIMEOUT)
+                yield batch
+
+    def body(group: ug.Group) -> list[Any]:
+        batches = shards[group.rank]
+        shuffled, events = watched(group, Late(batches, 4) if group.rank else batches)
+        return watch(shuffled, events)
+
+    for rank, seen in enumerate(check(job(3, body))):
+        assert seen == expected(rank, 0, shards, 4)
+
+
+def test_training_under_attach(job: Job) -> None:
+    """The same weights, to the bit, as when each rank has what it should see in a list."""
+    size, steps = 3, 5
+    shards = [shard(rank, [ROWS] * steps) for rank in range(size)]
+
+    def train(group: ug.Group, shuffle: bool) -> torch.Tensor:
+        model = torch.nn.Linear(5, 1, bias=False).double()
+        model.weight.data.fill_(0.5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-12)
+        with ug.attach(model, optimizer, group) as gossip:
+            shuffled = Shuffled(group, shards[group.rank], lambda: pytest.fail("idle"))
+            for epoch in range(2):
+                listed = [shards[(group.rank - epoch - b) % size][b] for b in range(steps)]
+                for x, y in shuffled if shuffle else listed:
+                    optimizer.zero_grad()
+                    (model(x).squeeze(1) - y).square().mean().backward()
+                    optimizer.step()
+            gossip.wait()
+            return model.weight.detach().clone()
+
+    ours = check(job(size, lambda group: train(group, True)))
+    theirs = check(job(size, lambda group: train(group, False)))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert not torch.equal(ours[0], torch.full((1, 5), 0.5, dtype=torch.float64))
 
 
 def test_room_for_the_largest_first_batch_and_for_batch_size(job: Job) -> None:

@@ -18,10 +18,10 @@ exact average, whether anyone still has a batch; the last window is gone through
 up to ``WINDOW - 1`` steps in which all are idle.
 
 Rejected: keeping what came in as the next epoch's shard and a fixed neighbour, as the code of
-GossipGraD's authors does (arXiv 1803.05880, section 4.5): it needs a whole shard of memory, works
-with no loader that reads or augments as it goes, and after k epochs a rank has seen k + 1 shards,
-never a mixture. Sending sample by sample to drawn ranks: uneven counts, p small puts a step. A
-collective a step to learn when all have run out: ranks would wait for the slowest in each.
+GossipGraD's authors does (arXiv 1803.05880): it needs a whole shard of memory, works with no
+loader that reads or augments as it goes, and mixes whole shards only. Sending each sample to a
+rank drawn for it: uneven counts, p small puts a step. A collective in each step to learn when all
+have run out: ranks would wait for the slowest.
 """
 
 from __future__ import annotations
