@@ -539,9 +539,11 @@ def test_an_iterator_that_outlives_its_group(job: Job) -> None:
     kept: list[Any] = []
 
     def body(group: ug.Group) -> None:
-        iterator = iter(Shuffled(group, shard(group.rank, full(1)), lambda: None))
-        next(iterator)
-        kept.append(iterator)
+        shuffled = Shuffled(group, shard(group.rank, full(3)), lambda: None)
+        kept.append(iter(shuffled))
+        next(kept[-1])
+        assert shuffled._ring is not None and shuffled._ring.under_way
+        group.wait(shuffled._ring.mailbox)  # behind its back: nothing may move in a closed group
 
     check(job(2, body))
     kept.clear()
@@ -706,7 +708,8 @@ def test_one_rank_with_a_bad_batch_ends_the_others(job: Job) -> None:
         list(Shuffled(group, [FIRST, {} if group.rank == 1 else FIRST], lambda: None))
 
     ends = job(3, body)
-    assert [type(end) for end in ends] == [errors.PeerError, errors.ArrayError, errors.PeerError]
+    kinds = [errors.PeerError, errors.ArrayError, errors.PeerError]
+    assert [type(end) for end in ends] == kinds, ends
 
 
 DIFFERENT: list[tuple[Any, str]] = [
