@@ -281,6 +281,12 @@ class Ring:
         self.came = Payload(group, packing)
         self.mailbox = group.mailbox(packing.nbytes, depth=1)
         self.under_way = False
+        # Now, and not in the first steps: a rank that has left by then cannot be connected to,
+        # and what UCX says of it is not why it left.
+        for rank in range(group.size):
+            if rank != group.rank:
+                group.reach(rank, self.mailbox)
+        group.agree("ring", {})
 
     def prepare(self, step: int, distance: int, batch: Any) -> None:
         """Copy `batch` (or NOTHING) to where it is sent from; `ArrayError` if it does not fit."""
