@@ -784,3 +784,53 @@ def test_optimizers_without_what_a_mode_needs(store: Any, kind: str) -> None:
         modes = {"noise_correction": True}
     with ug.join(0, 1, store) as group, pytest.raises(errors.ModelError, match="leave it False"):
         ug.attach(model, optimizer, group, **modes)
+
+
+# --- samples -----------------------------------------------------------------------------------
+
+
+def test_shuffled_trains_on_everybodys_samples(job: Job) -> None:
+    """Loaders of different lengths: nothing is lost, and ranks stay in step all the same."""
+    lengths = (5, 2, 0)
+
+    def body(group: ug.Group) -> tuple[list[list[float]], int, int]:
+        model = small_model()
+        optimizer = make_optimizer("sgd", model)
+        loader = [
+            (torch.full((2, 5), 10.0 * group.rank + b).double(), torch.tensor([0, 1]))
+            for b in range(lengths[group.rank])
+        ]
+        seen: list[list[float]] = []
+        with ug.attach(model, optimizer, group) as gossip:
+            for _ in range(2):
+                seen.append([])
+                for x, y in gossip.shuffled(loader):
+                    optimizer.zero_grad()
+                    F.cross_entropy(model(x), y).backward()
+                    optimizer.step()
+                    seen[-1].append(float(x[0, 0]))
+            assert gossip.shuffled(loader) is gossip.shuffled(loader)
+            epochs = gossip.state_dict()["epochs"]
+            return seen, gossip.stats()["steps"], epochs[0]
+
+    ends = job(3, body)
+    for epoch in range(2):
+        everything = sorted(value for seen, _, _ in ends for value in seen[epoch])
+        assert everything == [0, 1, 2, 3, 4, 10, 11]
+    assert {steps for _, steps, _ in ends} == {10}
+    assert {epoch for _, _, epoch in ends} == {2}
+    assert any(value < 10 for value in ends[2][0][0])  # whose own loader is empty
+
+
+def test_resumed_shuffle_goes_on_with_its_epoch(store: Any) -> None:
+    loader = [torch.zeros(1)]
+    with ug.join(0, 1, store) as group:
+        model = small_model()
+        optimizer = make_optimizer("sgd", model)
+        with ug.attach(model, optimizer, group) as gossip:
+            for _ in range(3):
+                assert len(list(gossip.shuffled(loader))) == 1
+            saved = gossip.state_dict()
+        with ug.attach(model, optimizer, group) as gossip:
+            gossip.load_state_dict(saved)
+            assert gossip.shuffled(loader).epoch == 3

@@ -180,11 +180,17 @@ class Group:
         self._check_usable()
         self._meeting.agree(name, facts)
 
-    def gather(self, name: str, blob: bytes) -> list[bytes]:
-        """Every rank's `blob`, by rank. Collective; each name once."""
+    def share(self, name: str, blob: bytes, merge: Callable[[list[bytes]], bytes]) -> bytes:
+        """What rank 0's `merge` makes of the blobs of all ranks, in order. Collective.
+
+        It goes through the store: for what is rare and small. A `name` serves one call.
+        """
         self._check_usable()
         self._meeting.publish(name, blob)
-        return [self._meeting.collect(name, rank) for rank in range(self.size)]
+        if self.rank == 0:
+            blobs = [self._meeting.collect(name, rank) for rank in range(self.size)]
+            self._meeting.publish(f"{name} merged", merge(blobs))
+        return self._meeting.collect(f"{name} merged", 0)
 
     def mailbox(self, nbytes: int, depth: int = 2) -> Mailbox:
         """A stream of rounds of at most `nbytes` each, `depth` of which may wait. Collective."""
@@ -207,11 +213,11 @@ class Group:
         """Make sure that `mailbox` can be put to on `rank`: endpoint and remote key."""
         if rank in mailbox.keys:
             return
-        if rank not in self.engine.endpoints:
-            self.engine.connect(rank, self._meeting.collect("worker", rank))
+        worker = self._meeting.collect("worker", rank)
         blob = self._meeting.collect(f"mailbox {mailbox.index}", rank)
         address, packed = parse_description(blob, mailbox.layout, rank)
         try:
+            self.engine.connect(rank, worker)
             with self.engine.locked():
                 key = RemoteKey(self.engine.endpoints[rank], packed)
                 mailbox.set_peer(rank, key, address)

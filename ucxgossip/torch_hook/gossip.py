@@ -24,6 +24,7 @@ from ucxgossip.torch_hook.exchange import Exchange
 from ucxgossip.torch_hook.forward import Forward, Hook
 from ucxgossip.torch_hook.gradients import Gradients, Scaler
 from ucxgossip.torch_hook.noise import NoiseCorrection
+from ucxgossip.torch_hook.shuffle import Shuffled
 
 MARK = "_ucxgossip"
 """Attribute by which parameters and optimizers know that they are attached."""
@@ -54,6 +55,8 @@ class Gossip:
         self._steps = 0
         self._detached = False
         self._stepping = False
+        self._shuffled: list[tuple[Iterable[Any], Shuffled]] = []
+        self._epochs: list[int] = []
         self._exchange = Exchange(model, optimizer, group, modes, schedule, runs)
         self._buckets = self._exchange.buckets
         # Two ranks average exactly; there is no noise left that an all-reduce would not have.
@@ -177,6 +180,24 @@ class Gossip:
         self._before_step()
         self._after_step()
 
+    def shuffled(self, loader: Iterable[Any]) -> Shuffled:
+        """`loader`'s batches, passed round the ring of ranks as they come: see `Shuffled`.
+
+        Each rank trains on the batches of all, so that shards may be skewed; over an epoch every
+        sample is seen once. ``for x, y in gossip.shuffled(loader)`` is one epoch; the same loader
+        gives the same `Shuffled`. A rank that gets no batch in a step takes part by `skip_step`:
+        where several batches make a step, give all ranks equally many.
+        """
+        self._check_attached()
+        for known, shuffled in self._shuffled:
+            if known is loader:
+                return shuffled
+        made = Shuffled(self.group, loader, self.skip_step)
+        if len(self._shuffled) < len(self._epochs):
+            made.epoch = self._epochs[len(self._shuffled)]
+        self._shuffled.append((loader, made))
+        return made
+
     def consensus_distance(self) -> float:
         """Relative RMS distance of the replicas, ``sqrt(mean_i |w_i - w|**2) / |w|``. Collective.
 
@@ -232,9 +253,15 @@ class Gossip:
         """What this rank needs, beside model and optimizer, to go on bit for bit. Collective.
 
         Each rank saves its own three: ``model.state_dict()``, ``optimizer.state_dict()`` and this.
+        Of the loaders given to `shuffled` it holds the epoch, not the place within it.
         """
         self._check_attached()
-        return {"facts": self._facts(), "steps": self._steps, **self._exchange.save()}
+        return {
+            "facts": self._facts(),
+            "steps": self._steps,
+            "epochs": [shuffled.epoch for _, shuffled in self._shuffled],
+            **self._exchange.save(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken. Collective.
@@ -254,6 +281,9 @@ class Gossip:
         self._steps = int(state["steps"])
         self._gradients.step_done()
         self._exchange.load(state)
+        self._epochs = list(state["epochs"])
+        for (_, shuffled), epoch in zip(self._shuffled, self._epochs, strict=False):
+            shuffled.epoch = epoch
 
     # --- the end -------------------------------------------------------------------------------
 
@@ -272,6 +302,8 @@ class Gossip:
             return
         try:
             if not self.group.failed:
+                for _, shuffled in self._shuffled:
+                    shuffled.close()
                 self._exchange.finish()
         except GossipError as error:
             self.group.abort(str(error))

@@ -65,9 +65,9 @@ class OptimizerState:
         """Registered memory and a stream for every kind of state that any rank has."""
         mine = json.dumps([self._names(bucket) for bucket in self.buckets])
         key = f"optimizer state {len(self.group.engine.mailboxes)}"
-        everyone = [json.loads(blob) for blob in self.group.gather(key, mine.encode())]
-        for index, bucket in enumerate(self.buckets):
-            for name in sorted({name for names in everyone for name in names[index]}):
+        everyone = json.loads(self.group.share(key, mine.encode(), _union))
+        for bucket, names in zip(self.buckets, everyone, strict=True):
+            for name in names:
                 flat = Flat(self.group, bucket.parameters)
                 self.flats.append((bucket, name, flat))
                 self.streams.append(self._stream(flat, position))
@@ -136,6 +136,14 @@ class OptimizerState:
                 entry = self.optimizer.state.get(parameter)
                 if entry and entry.get(name) is view:
                     entry[name] = view.clone()
+
+
+def _union(blobs: list[bytes]) -> bytes:
+    """The names that any rank has, bucket by bucket: a parameter may be unused on some."""
+    buckets = zip(*(json.loads(blob) for blob in blobs), strict=True)
+    return json.dumps(
+        [sorted({n for names in bucket for n in names}) for bucket in buckets]
+    ).encode()
 
 
 class ModelBuffers:
