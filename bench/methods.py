@@ -25,9 +25,6 @@ BASES: dict[str, tuple[str, str]] = {
 }
 """(mix, combine) by name. deferred: the authors' rule, ``(w_i(t+1) + w_j(t)) / 2``."""
 
-BOTH_SHIFT = 1
-"""By how many rounds `attach` mixes the weights later than the gradients of the same step."""
-
 OPTIONS = {
     "state": "the optimizer's state is mixed as the weights are",
     "staleN": "weights put in one step are mixed N steps later, as a difference",
@@ -35,7 +32,7 @@ OPTIONS = {
     "localK": "rounds in every K-th step only",
     "noise": "Adam's second moment without the noise that an all-reduce would average away",
     "dropF": "each put is left out with probability F (simulation only)",
-    "shiftN": "weights are mixed by the round N later than the gradients' (simulation only)",
+    "shiftN": "weights go by the round N later than the step's gradients (simulation only)",
 }
 
 _FIELDS = {
@@ -53,7 +50,7 @@ class Method:
 
     mix: what travels ("both", "weights", "gradients", "push_sum", or "" where there is no
     gossip); combine: when the weights are averaged ("atc", "awc", "deferred"). The other fields
-    are what `OPTIONS` says.
+    are what `OPTIONS` says; shift None: as `attach` does.
     """
 
     name: str
@@ -64,7 +61,7 @@ class Method:
     local_steps: int = 1
     global_every: int = 0
     drop: float = 0.0
-    shift: int = 0
+    shift: int | None = None
     noise: bool = False
 
     @property
@@ -80,9 +77,7 @@ class Method:
     @property
     def simulated_only(self) -> bool:
         """Whether `attach` has no such mode."""
-        usual = BOTH_SHIFT if self.mix == "both" else 0
-        deferred = self.combine == "deferred"
-        return deferred or self.drop > 0 or self.shift != usual
+        return self.combine == "deferred" or self.drop > 0 or self.shift is not None
 
 
 def parse(name: str) -> Method:
@@ -93,7 +88,7 @@ def parse(name: str) -> Method:
     if base not in BASES:
         raise _unknown(name)
     mix, combine = BASES[base]
-    method = Method(name, mix, combine, shift=BOTH_SHIFT if mix == "both" else 0)
+    method = Method(name, mix, combine)
     given: set[str] = set()
     for option in options:
         match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)?", option)
@@ -121,7 +116,7 @@ def _option(name: str, word: str, value: str | None) -> dict[str, Any]:
 def _check(method: Method) -> None:
     """`ArgumentError` for options that do not go together."""
     wrong = None
-    if not method.weights_travel and (method.state or method.staleness or method.shift):
+    if not method.weights_travel and (method.state or method.staleness or method.shift is not None):
         wrong = "no weights travel that +state, +stale or +shift could mean"
     elif method.staleness and (method.combine != "atc" or method.mix == "push_sum"):
         wrong = "+staleN goes with both-atc and weights-atc only"

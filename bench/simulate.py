@@ -23,7 +23,8 @@ from ucxgossip.bench.models import loss
 from ucxgossip.bench.setting import Outcome, Setting, consensus, make_optimizer
 from ucxgossip.kernels.cpu import mix_
 from ucxgossip.kernels.second_moment import correct, noise_share
-from ucxgossip.schedule import Dissemination, GlobalAverage, Rotated, Schedule
+from ucxgossip.mixing import default_schedule, weights_shift
+from ucxgossip.schedule import GlobalAverage, Schedule
 
 Rows = NDArray[np.float32]
 
@@ -67,7 +68,9 @@ class Mixer:
     def __init__(self, method: Method, schedule: Schedule, seed: int) -> None:
         self.method, self.schedule = method, schedule
         self.mass = np.ones(schedule.size)
-        self.gradient_round, self.weight_round = 0, method.shift
+        usual = weights_shift(schedule) if method.mix == "both" else 0
+        self.gradient_round = 0
+        self.weight_round = usual if method.shift is None else method.shift
         self._put: deque[tuple[int, Rows]] = deque()
         self._chance = np.random.default_rng((seed, 3))
         self._arrives = np.ones(schedule.size, dtype=bool)
@@ -139,7 +142,7 @@ def simulate(
     weights = replicas.weights
     optimizer = make_optimizer(setting.optimizer, [weights], setting.rate)
     shards = task.shards(setting.ranks, setting.shards, setting.seed)
-    chosen = Rotated(Dissemination(setting.ranks), seed=0) if schedule is None else schedule
+    chosen = default_schedule(method.mix, setting.ranks) if schedule is None else schedule
     mixer = Mixer(method, chosen, setting.seed)
     outcome, when = Outcome(), setting.evaluated_after()
     for step in range(setting.steps):

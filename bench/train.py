@@ -27,7 +27,7 @@ from ucxgossip.bench.setting import DECAYS, OPTIMIZERS, Outcome, Setting
 from ucxgossip.bench.spawn import run_ranks
 from ucxgossip.errors import ArgumentError, BenchError
 
-STEPS = {"lenet": 400, "convnet": 400, "gpt": 400}
+STEPS = {"lenet": 1000, "convnet": 1000, "gpt": 400}
 BATCH = {"lenet": 16, "convnet": 16, "gpt": 8}
 """Samples a rank and step."""
 

@@ -2,14 +2,14 @@
 
 import pytest
 
-from ucxgossip.bench.methods import BASES, BOTH_SHIFT, Method, parse
+from ucxgossip.bench.methods import BASES, Method, parse
 from ucxgossip.errors import ArgumentError
 
 
 def test_names() -> None:
     assert parse("local") == Method("local")
     assert not parse("allreduce").gossips
-    assert parse("gossip-both-awc") == Method("gossip-both-awc", "both", "awc", shift=BOTH_SHIFT)
+    assert parse("gossip-both-awc") == Method("gossip-both-awc", "both", "awc")
     assert parse("gossip-weights-awc") == Method("gossip-weights-awc", "weights", "awc")
     name = "gossip-weights-atc+state+stale2+local4+global32"
     assert parse(name) == Method(name, "weights", "atc", True, 2, 4, 32)
@@ -25,7 +25,7 @@ def test_names() -> None:
     [
         "gossip-deferred",
         "gossip-push_sum+drop0.5",
-        f"gossip-both-atc+shift{BOTH_SHIFT + 1}",
+        "gossip-both-atc+shift1",
     ],
 )
 def test_simulated_only(name: str) -> None:

@@ -75,9 +75,10 @@ def reference(size: int, steps: int, optimizer: str, mix: str, combine: str) -> 
                 tensors[rank].add_(0.5 * (before[sender] - before[rank]))
 
     def average_weights(step: int) -> None:
-        # With both, weights go to the partner of the next round.
+        # With both, weights go to another partner than the gradients: that of the next period.
+        ahead = schedule.period if mix == "both" else 0
         for tensors in zip(*(model.parameters() for model in models), strict=True):
-            average([tensor.data for tensor in tensors], step + (mix == "both"))
+            average([tensor.data for tensor in tensors], step + ahead)
 
     for step in range(steps):
         for rank, model in enumerate(models):

@@ -68,8 +68,10 @@ class Reference:
         assert not modes
         self.models = [small_model(0) for _ in range(size)]
         self.optimizers = [make_optimizer(optimizer, model) for model in self.models]
-        # With both, weights go to the partner of the next round.
-        self.gradient_round, self.weight_round = 0, int(self.mix == "both")
+        # With both, weights go to another partner than the step's gradients.
+        ahead = 1 if isinstance(schedule, Dissemination | Hypercube | BaseTwo | Ring) else None
+        self.ahead = (schedule.period if ahead is None else ahead) if self.mix == "both" else 0
+        self.gradient_round, self.weight_round = 0, self.ahead
         self.corrections: list[list[torch.Tensor]] = []
         self.slow = [[p.detach().clone() for p in m.parameters()] for m in self.models]
         self.velocity = [[torch.zeros_like(p) for p in m.parameters()] for m in self.models]
@@ -226,7 +228,7 @@ def reference_awc_state(size: int, optimizer: str, schedule: Schedule) -> list[n
     reference = Reference(size, optimizer, schedule, combine="awc")
     for number in range(STEPS):
         if number:
-            reference.average(reference.states(), number + 1)
+            reference.average(reference.states(), number + reference.ahead)
         reference_step_awc(reference, number)
     return [flat(model) for model in reference.models]
 
@@ -238,7 +240,7 @@ def reference_step_awc(reference: Reference, number: int) -> None:
         F.cross_entropy(model(x), y).backward()
     gradients = [[p.grad for p in model.parameters()] for model in reference.models]
     reference.average(gradients, number)  # type: ignore[arg-type]
-    reference.average(reference.weights(), number + 1)
+    reference.average(reference.weights(), number + reference.ahead)
     for each in reference.optimizers:
         each.step()
 
@@ -745,7 +747,8 @@ def test_noise_correction_equals_the_formula(job: Job) -> None:
         unbiased = corrected / (1 - betas[1] ** (step + 1))
         w = w * (1 - rate * decay)
         w -= rate / (1 - betas[0] ** (step + 1)) * m / (np.sqrt(unbiased) + eps)
-        senders = [schedule.round(rank, step + 1).sender for rank in range(size)]
+        ahead = schedule.period  # rotated: another partner than the gradients'
+        senders = [schedule.round(rank, step + ahead).sender for rank in range(size)]
         w = (w + w[senders]) / 2
     for rank, (weights, state) in enumerate(job(size, body)):
         np.testing.assert_allclose(weights, w[rank], rtol=1e-8, atol=1e-11)

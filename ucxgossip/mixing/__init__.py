@@ -6,7 +6,14 @@ is exchanged, `collective` computes what must be exact, `meter` counts.
 
 from ucxgossip.mixing.collective import Collective
 from ucxgossip.mixing.meter import Meter
-from ucxgossip.mixing.modes import COMBINES, MIXES, Modes, Nesterov
+from ucxgossip.mixing.modes import (
+    COMBINES,
+    MIXES,
+    Modes,
+    Nesterov,
+    default_schedule,
+    weights_shift,
+)
 from ucxgossip.mixing.outer import Outer
 from ucxgossip.mixing.push_sum import PushSum, check_push_sum
 from ucxgossip.mixing.stream import Held, InPlace, Stale, Stream
@@ -25,4 +32,6 @@ __all__ = [
     "Stale",
     "Stream",
     "check_push_sum",
+    "default_schedule",
+    "weights_shift",
 ]

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from ucxgossip.errors import ArgumentError
+from ucxgossip.schedule import Dissemination, Rotated, Schedule, repeats
 
 MIXES: dict[str, tuple[bool, bool]] = {
     "both": (True, True),
@@ -130,6 +131,22 @@ class Modes:
     def facts(self) -> dict[str, object]:
         """What all ranks must bring alike, as JSON values."""
         return {name.replace("_", " "): value for name, value in asdict(self).items()}
+
+
+def default_schedule(mix: str, size: int) -> Schedule:
+    """What `attach` takes where no schedule is given: push-sum needs partners that stay."""
+    spread = Dissemination(size)
+    return spread if mix == "push_sum" else Rotated(spread, seed=0)
+
+
+def weights_shift(schedule: Schedule) -> int:
+    """By how many rounds weights are ahead of the gradients of the same step, with ``"both"``.
+
+    Weights go to another partner than gradients, for the same bytes: to that of the next period,
+    which a rotated schedule draws anew, or else to the next one. The same partner would leave the
+    mean of two gradients where two partners leave the mean of four (docs/training.md).
+    """
+    return 1 if repeats(schedule) else schedule.period
 
 
 def _check_count(name: str, value: object, least: int) -> None:

@@ -13,10 +13,8 @@ from ucxgossip.errors import (
     SparseGradientError,
 )
 from ucxgossip.group import Group
-from ucxgossip.mixing import Modes, Nesterov, check_push_sum
+from ucxgossip.mixing import Modes, Nesterov, check_push_sum, default_schedule
 from ucxgossip.schedule import (
-    Dissemination,
-    Rotated,
     Schedule,
     check_rounds,
     endless,
@@ -101,8 +99,7 @@ def attach(
 def _choose(schedule: Schedule | None, group: Group, modes: Modes) -> Schedule:
     """The schedule, if it fits the group and goes on for ever."""
     if schedule is None:
-        spread = Dissemination(group.size)
-        return spread if modes.mix == "push_sum" else Rotated(spread, seed=0)
+        return default_schedule(modes.mix, group.size)
     group.check_schedule(schedule)
     if not endless(schedule):
         raise ScheduleError(

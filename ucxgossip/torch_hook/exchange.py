@@ -10,7 +10,18 @@ import torch
 from numpy.typing import NDArray
 
 from ucxgossip.group import Group
-from ucxgossip.mixing import Collective, Held, InPlace, Meter, Modes, Outer, PushSum, Stale, Stream
+from ucxgossip.mixing import (
+    Collective,
+    Held,
+    InPlace,
+    Meter,
+    Modes,
+    Outer,
+    PushSum,
+    Stale,
+    Stream,
+    weights_shift,
+)
 from ucxgossip.schedule import Schedule
 from ucxgossip.torch_hook.bucket import DTYPES, Bucket
 from ucxgossip.torch_hook.state import ModelBuffers, OptimizerState
@@ -57,9 +68,7 @@ class Exchange:
     def _weights_stream(self, bucket: Bucket) -> Stream:
         modes = self.modes
         common = (self.group, bucket.weights.buffer, self.schedule, self.meter)
-        # Weights go to another partner than the same step's gradients: what a rank computes then
-        # reaches four in a step, for the same bytes (docs/training.md).
-        first = int(modes.gradients_travel)
+        first = weights_shift(self.schedule) if modes.gradients_travel else 0
         if modes.mix == "push_sum":
             return PushSum(*common, self.collective)
         if modes.outer is not None:
