@@ -306,6 +306,28 @@ def test_bell_ahead_of_its_signal_keeps_the_target_awake(pair: Pair) -> None:
     signals[:] = 0
 
 
+def test_rounds_put_in_the_order_in_which_they_were_posted(pair: Pair, transport: str) -> None:
+    """Whatever their places in the table: who was posted first is done first."""
+    layout = Layout(3072, 2, TUNING.chunk)
+    boxes = [Mailbox(engine.context, layout, 2) for engine in pair.engines]
+    for rank, box in enumerate(boxes):
+        pair.engines[rank].open(box)
+    address, packed = parse_description(boxes[1].describe(), layout, 1)
+    boxes[0].set_peer(1, RemoteKey(pair.engines[0].endpoints[1], packed), address)
+    engine, later = pair.engines[0], Pair(pair.engines, boxes)
+    first, second = np.ones(384), np.ones(384)  # three chunks each, as many as may be in flight
+    later.post(0, first, sender=-1, grant_next=-1)
+    pair.post(0, second, sender=-1, grant_next=-1)
+    puts = []
+    while not (pair.ended(0) and later.ended(0)):
+        drive.drive_once(engine.words)
+        puts.append((later.word(0, w.PUT), pair.word(0, w.PUT)))
+        pair.step(1)
+        assert len(puts) < 1_000_000
+    assert puts[:3] == [(1, 0), (2, 0), (3, 0)]
+    assert puts[-1] == (3, 3)
+
+
 def test_wait_says_whom_for_what(pair: Pair) -> None:
     array = np.ones(512)
     pair.post(0, array)

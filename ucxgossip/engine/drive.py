@@ -18,7 +18,7 @@ from typing import Any
 from ucxgossip import jit
 from ucxgossip.engine import words as w
 from ucxgossip.engine.handlers import all_seen, mailbox_floats, mailbox_words
-from ucxgossip.engine.rounds import advance
+from ucxgossip.engine.rounds import advance, may_put
 from ucxgossip.ucp import ops
 
 _PARK_MS = 1
@@ -68,16 +68,36 @@ def pending(engine: Any, index: int) -> bool:
 
 
 @jit.njit
+def _whose_turn(engine: Any) -> int:
+    """The mailbox that puts a chunk in this pass: the round posted first that can; -1: none.
+
+    Rounds that all put in every pass would all end at about the same time, and the first module of
+    a forward would wait for the last one's weights.
+    """
+    chosen, earliest = -1, 0
+    for index in range(engine[w.MAILBOXES]):
+        mailbox = mailbox_words(engine, index)
+        if (
+            jit.load_acquire(mailbox, w.STATE) == w.ACTIVE
+            and (chosen < 0 or mailbox[w.TURN] < earliest)
+            and may_put(mailbox)
+        ):
+            chosen, earliest = index, mailbox[w.TURN]
+    return chosen
+
+
+@jit.njit
 def drive_once(engine: Any) -> int:
     """One pass: UCX progress, then each round under way; non-zero if anything moved.
 
     The caller holds the lock.
     """
     moved = ops.progress(engine[w.WORKER])
+    chosen = _whose_turn(engine)
     for index in range(engine[w.MAILBOXES]):
         mailbox = mailbox_words(engine, index)
         if jit.load_acquire(mailbox, w.STATE) == w.ACTIVE:
-            moved += advance(engine, mailbox, mailbox_floats(engine, index))
+            moved += advance(engine, mailbox, mailbox_floats(engine, index), index == chosen)
     return moved
 
 

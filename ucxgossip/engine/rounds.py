@@ -156,16 +156,21 @@ def _put_signalled(engine: Any, mailbox: Any, part: int, offset: int, nbytes: in
 
 
 @jit.njit
-def _put_next(engine: Any, mailbox: Any) -> int:
-    """Put the next chunk if credit and window allow; 1 if it did."""
+def may_put(mailbox: Any) -> bool:
+    """Whether the round has a chunk to put, and credit and window allow it."""
     part = mailbox[w.PUT]
-    if (
-        mailbox[w.TO] < 0
-        or part == mailbox[w.PARTS]
-        or part - mailbox[w.SENT] == mailbox[w.WINDOW]
-        or not _credited(mailbox)
-    ):
-        return 0
+    return (
+        mailbox[w.TO] >= 0
+        and part < mailbox[w.PARTS]
+        and part - mailbox[w.SENT] < mailbox[w.WINDOW]
+        and _credited(mailbox)
+    )
+
+
+@jit.njit
+def _put_next(engine: Any, mailbox: Any) -> int:
+    """Put the next chunk; 1 unless that failed."""
+    part = mailbox[w.PUT]
     offset = part * mailbox[w.CHUNK]
     nbytes = min(mailbox[w.CHUNK], mailbox[w.NBYTES] - offset)
     if _peer(engine, mailbox, mailbox[w.TO])[2] != 0:
@@ -270,14 +275,17 @@ def _finish(engine: Any, mailbox: Any) -> int:
 
 
 @jit.njit
-def advance(engine: Any, mailbox: Any, floats: Any) -> int:
-    """Move the active round of `mailbox` as far as it goes now; non-zero if anything moved."""
+def advance(engine: Any, mailbox: Any, floats: Any, turn: bool) -> int:
+    """Move the active round of `mailbox` as far as it goes now; non-zero if anything moved.
+
+    turn: whether it may put a chunk now, where `may_put` said so.
+    """
     if mailbox[w.GRANT_NOW] >= 0:
         status = grant(engine, mailbox, mailbox[w.GRANT_NOW], mailbox[w.ROUND])
         mailbox[w.GRANT_NOW] = -1
         if status < 0:
             return _fail(mailbox, status)
-    moved = _put_next(engine, mailbox)
+    moved = _put_next(engine, mailbox) if turn else 0
     if mailbox[w.STATE] == w.FAILED:
         return moved
     moved += _reap(mailbox)
@@ -331,6 +339,8 @@ def post(
     mailbox[w.MIXED] = 0
     mailbox[w.FAILURE] = 0
     mailbox[w.POSTED_NS] = jit.now_ns()
+    mailbox[w.TURN] = engine[w.POSTS]
+    engine[w.POSTS] += 1
     floats[w.ALPHA] = alpha
     floats[w.DISTANCE] = 0.0
     jit.store_release(mailbox, w.STATE, w.ACTIVE)

@@ -27,6 +27,7 @@ SPINS = 15  # idle passes before yielding
 YIELDS = 16  # idle passes that yield before sleeping
 RANK = 17  # this rank
 FLOAT_TABLE = 18  # address of the mailboxes' floats
+POSTS = 19  # rounds posted so far
 
 ASLEEP = 20  # 1 while the engine thread sleeps on the worker
 
@@ -79,6 +80,7 @@ MIXED = 35  # chunks mixed
 FAILURE = 36  # a negative ucs_status_t
 POSTED_NS = 37
 DONE_NS = 38
+TURN = 39  # how many rounds were posted in this engine before this one
 MAILBOX_WORDS = 40
 
 # --- floats of a mailbox -----------------------------------------------------------------------
