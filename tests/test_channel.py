@@ -1,0 +1,129 @@
+"""Channels: one-way messages that either side may pass over, whole or not at all."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ucxgossip as ug
+from ucxgossip import jit
+from ucxgossip.channel import Channel
+from ucxgossip.engine import Tuning
+from ucxgossip.errors import ExchangeTimeoutError
+from ucxgossip.mixing.stream import array_of, registered
+
+Job = Callable[..., list[Any]]
+DEADLINE_S = 20.0
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        jit.yield_cpu()
+        assert time.monotonic() < deadline, "deadline"
+
+
+def to_right(group: ug.Group, nbytes: int, depth: int = 2) -> Channel:
+    """Rank 0 sends, rank 1 receives."""
+    return Channel(
+        group, nbytes, to=1 if group.rank == 0 else None, sender=0 if group.rank else None,
+        depth=depth,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("transport", ["tcp", "shm"])
+@pytest.mark.parametrize("count", [1, 100, 5000, 700_001])
+def test_messages_come_whole_and_in_order(job: Job, transport: str, count: int) -> None:
+    rounds = 12
+
+    def body(group: ug.Group) -> None:
+        channel = to_right(group, 8 * count)
+        if group.rank == 0:
+            source = registered(group, count, np.dtype(np.float64))
+            for number in range(rounds):
+                until(lambda: channel.free)
+                array_of(source)[:] = np.arange(count) + 1000.0 * number
+                channel.put(source)
+                channel.wait_sent()
+            assert channel.sent == rounds
+        else:
+            for number in range(rounds):
+                channel.wait_arrived(DEADLINE_S)
+                expected = np.arange(count) + 1000.0 * number
+                assert np.array_equal(channel.view(np.float64, count), expected)
+                channel.release()
+            assert not channel.arrived
+        group.agree("over", {})
+        assert channel.mailbox.intact()
+
+    job(2, body, transport)
+
+
+@pytest.mark.parametrize("transport", ["tcp", "shm"])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_sender_passes_over_while_all_slots_are_full(job: Job, transport: str, depth: int) -> None:
+    filled, drained = threading.Event(), threading.Event()
+
+    def body(group: ug.Group) -> None:
+        channel = to_right(group, 80, depth)
+        if group.rank == 0:
+            source = registered(group, 10, np.dtype(np.float64))
+            for number in range(depth):
+                assert channel.free
+                array_of(source)[:] = number
+                channel.put(source)
+                channel.wait_sent()
+            assert not channel.free  # all are full, and nobody has read
+            filled.set()
+            assert drained.wait(DEADLINE_S)
+            until(lambda: channel.free)
+        else:
+            assert filled.wait(DEADLINE_S)
+            channel.wait_arrived(DEADLINE_S)
+            assert (channel.view(np.float64, 10) == 0).all()
+            assert not channel.free  # this rank sends to nobody
+            channel.release()
+            drained.set()
+        group.agree("over", {})
+
+    job(2, body, transport)
+
+
+def test_what_has_not_come_is_not_there(job: Job) -> None:
+    def body(group: ug.Group) -> None:
+        channel = to_right(group, 64)
+        assert not channel.arrived
+        group.agree("looked", {})
+        if group.rank:
+            with pytest.raises(ExchangeTimeoutError, match="for rank 0 to put message 0"):
+                channel.wait_arrived(0.05)
+        group.agree("over", {})
+
+    job(2, body)
+
+
+def test_half_a_message_is_no_message(as_ranks: Any, store: Any) -> None:
+    """Chunks are put one by one; the last one's signal alone does not make a message."""
+
+    def rank(number: int) -> None:
+        tuning = Tuning(chunk=64, window=1, eager=0)
+        with ug.join(number, 2, store, "shm", 30.0, tuning=tuning) as group:
+            channel = to_right(group, 256)
+            if number == 1:
+                from ucxgossip.engine import words as w
+                from ucxgossip.mailbox import signal_word
+
+                row = group.engine.table[channel.mailbox.index]
+                signals = jit.view_words(int(row[w.SIGNALS]), 4)
+                signals[3] = signal_word(0, 0)
+                assert not channel.arrived
+                signals[:] = signal_word(0, 0)
+                assert channel.arrived
+                signals[:] = 0
+            group.agree("over", {})
+
+    for end in as_ranks(2, rank):
+        assert end is None, end
