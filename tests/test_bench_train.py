@@ -12,6 +12,7 @@ from ucxgossip.bench import tasks, train, train_report
 from ucxgossip.bench.methods import parse
 from ucxgossip.bench.setting import Outcome, Setting
 from ucxgossip.bench.simulate import simulate
+from ucxgossip.bench.train_plan import Run
 from ucxgossip.cli import main
 from ucxgossip.errors import BenchError
 
@@ -42,7 +43,7 @@ def test_real_ranks_equal_the_simulation(ranks: int, tmp_path: Path) -> None:
         ranks, shards="skewed", decay="cosine", steps=6, batch=4, seed=3, evaluations=2
     )
     runs = [
-        train.Run(
+        Run(
             parse(method),
             replace(setting, optimizer=optimizer, rate=rate),
         )
@@ -150,7 +151,7 @@ def test_bad_input(
 
 @pytest.mark.spawn
 def test_a_rank_that_fails_is_named() -> None:
-    runs = [train.Run(parse("gossip-deferred"), Setting(2, steps=1))]
+    runs = [Run(parse("gossip-deferred"), Setting(2, steps=1))]
     with pytest.raises(BenchError, match="has no real form"):
         train.real("lenet", runs, "auto")
 

@@ -37,24 +37,23 @@ def _bench_exchange(options: argparse.Namespace) -> Result:
 
 
 def _bench_train(options: argparse.Namespace) -> Result:
-    from ucxgossip.bench import train
+    from ucxgossip.bench import train, train_plan
 
     rates = options.rates if options.rate is None else options.rate
-    return train.run(
+    plan = train_plan.make(
         options.model,
         [int(each) for each in _numbers("--ranks", options.ranks, int, "4,8")],
         _names(options.methods),
-        optimizer=options.optimizer,
-        rates=None if rates is None else _numbers("--rates", rates, float, "0.01,0.03"),
-        shards=options.shards,
-        decay=options.decay,
-        steps=options.steps,
-        batch=options.batch,
-        seeds=options.seeds,
-        simulate=options.simulate,
-        transport=options.transport,
-        plot=options.plot,
+        options.optimizer,
+        None if rates is None else _numbers("--rates", rates, float, "0.01,0.03"),
+        options.shards,
+        options.decay,
+        options.steps,
+        options.batch,
+        options.seeds,
+        options.simulate,
     )
+    return train.run(plan, options.transport, options.plot)
 
 
 def _names(text: str) -> list[str]:
