@@ -20,7 +20,7 @@ RATES = {
     ("convnet", "sgd"): 0.02,
     ("convnet", "adamw"): 3e-3,
     ("gpt", "sgd"): 0.1,
-    ("gpt", "adamw"): 2e-3,
+    ("gpt", "adamw"): 3e-3,
 }
 """Rates at which all-reduce does well."""
 
