@@ -167,7 +167,7 @@ def _print(plan: Plan, facts: dict[str, object], rows: list[dict[str, Any]], by_
     print(
         f"# ucxgossip bench train, {plan.model}, {setting.optimizer}, {setting.shards} shards, "
         f"{setting.decay} rate, {setting.steps} steps of {setting.batch} samples a rank, "
-        f"{plan.seeds} seeds, {how}"
+        f"{plan.seeds} {'seed' if plan.seeds == 1 else 'seeds'}, {how}"
     )
     for key, value in facts.items():
         print(f"#   {key:<22}  {'-' if value is None else value}")
