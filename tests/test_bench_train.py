@@ -36,6 +36,7 @@ SERVED = (
 """What `attach` serves: a mode that it gains is added here, and to nothing else."""
 
 
+@pytest.mark.slow
 @pytest.mark.spawn
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_real_ranks_equal_the_simulation(ranks: int, tmp_path: Path) -> None:
@@ -85,6 +86,7 @@ def test_real_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_simulated_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
     path, figure = tmp_path / "train.json", tmp_path / "train.png"
     command = ["bench", "train", "--simulate", "--ranks", "2,4", "--seeds", "2", "--steps", "20"]
     options = ["--methods", "allreduce,gossip-both-atc+state", "--rates", "0.02,1e9"]
