@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,94 +22,30 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ucxgossip.bench import tasks, train_report
 from ucxgossip.bench.environment import environment
-from ucxgossip.bench.methods import Method, parse
-from ucxgossip.bench.setting import DECAYS, OPTIMIZERS, Outcome, Setting
+from ucxgossip.bench.setting import Outcome
 from ucxgossip.bench.spawn import run_ranks
-from ucxgossip.errors import ArgumentError, BenchError
-
-STEPS = {"lenet": 1000, "convnet": 1000, "gpt": 400}
-BATCH = {"lenet": 16, "convnet": 16, "gpt": 8}
-"""Samples a rank and step."""
-
-RATES = {
-    ("lenet", "sgd"): 0.02,
-    ("lenet", "adamw"): 3e-3,
-    ("convnet", "sgd"): 0.02,
-    ("convnet", "adamw"): 3e-3,
-    ("gpt", "sgd"): 0.1,
-    ("gpt", "adamw"): 2e-3,
-}
-"""Rates at which all-reduce does well."""
+from ucxgossip.bench.train_plan import Plan, Run, check_shards
+from ucxgossip.errors import BenchError
 
 _START_S = 120.0
 _STEP_S = 2.0
 _WIDTH = 120
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training: a method at a setting."""
-
-    method: Method
-    setting: Setting
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What was asked for, checked."""
-
-    model: str
-    ranks: Sequence[int]
-    methods: Sequence[str]
-    rates: Sequence[float]
-    setting: Setting  # of each run, but for ranks, rate and seed
-    seeds: int
-    simulate: bool
-
-    def runs(self, count: int) -> list[Run]:
-        """All runs on `count` ranks: methods in turn, so that they see the same machine."""
-        setting = replace(self.setting, ranks=count)
-        return [
-            Run(parse(name), replace(setting, rate=rate, seed=seed))
-            for seed in range(self.seeds)
-            for rate in self.rates
-            for name in self.methods
-        ]
+_JOB_RUNS = 60  # a group keeps the memory of its rounds until it is closed
 
 
 def run(
-    model: str,
-    ranks: Sequence[int],
-    methods: Sequence[str],
-    optimizer: str = "sgd",
-    rates: Sequence[float] | None = None,
-    shards: str = "iid",
-    decay: str = "constant",
-    steps: int | None = None,
-    batch: int | None = None,
-    seeds: int = 5,
-    simulate: bool = False,
-    transport: str = "auto",
-    plot: str | None = None,
+    plan: Plan, transport: str = "auto", plot: str | None = None
 ) -> tuple[dict[str, object], list[dict[str, Any]]]:
-    """Train, print the table, return (environment, rows): one row a method and number of ranks.
-
-    rates: of several, each method's best is reported (`train_report.best`).
-    """
-    plan = _plan(model, ranks, methods, optimizer, rates, shards, decay, steps, batch, seeds)
-    plan = replace(plan, simulate=simulate)
-    if not simulate:
-        _check_real(plan)
+    """Train, print the table, return (environment, rows): one row a method and number of ranks."""
     if plot:
         train_report.check_plot(plot)
     facts = _facts(plan, transport)
-    task = tasks.load(model)
-    for count in ranks:
-        _check_shards(task, plan, count)
+    task = tasks.load(plan.model)
+    for count in plan.ranks:
+        check_shards(task, plan, count)
     rows: list[dict[str, Any]] = []
-    total = sum(len(plan.runs(count)) for count in ranks)
-    with _progress(total) as advance:
-        for count in ranks:
+    with _progress(sum(len(plan.runs(count)) for count in plan.ranks)) as advance:
+        for count in plan.ranks:
             outcomes = _outcomes(task, plan, count, transport, advance)
             rows += _rows(plan, count, outcomes, task.text)
     train_report.add_efficiency(rows)
@@ -117,71 +53,6 @@ def run(
     if plot:
         train_report.draw(rows, task.text, plot)
     return facts, rows
-
-
-def _plan(
-    model: str,
-    ranks: Sequence[int],
-    methods: Sequence[str],
-    optimizer: str,
-    rates: Sequence[float] | None,
-    shards: str,
-    decay: str,
-    steps: int | None,
-    batch: int | None,
-    seeds: int,
-) -> Plan:
-    """The plan; `ArgumentError` for whatever cannot be served."""
-    for what, value, known in (
-        ("model", model, tuple(tasks.TASKS)),
-        ("optimizer", optimizer, OPTIMIZERS),
-        ("shards", shards, tasks.SHARDS),
-        ("decay", decay, DECAYS),
-    ):
-        if value not in known:
-            raise ArgumentError(
-                f"bench train: unknown {what} {value!r}; choose one of {', '.join(known)}"
-            )
-    for name in methods:
-        parse(name)
-    for what, values in (("method", methods), ("number of ranks", ranks)):
-        if not values or len(set(values)) != len(values):
-            raise ArgumentError(f"bench train: name at least one {what}, and none twice")
-    chosen = [RATES[model, optimizer]] if rates is None else list(rates)
-    if not chosen or min(chosen) <= 0:
-        raise ArgumentError(f"bench train: rates must be positive, not {chosen}")
-    setting = Setting(
-        ranks=min(ranks),
-        optimizer=optimizer,
-        decay=decay,
-        shards=shards,
-        steps=STEPS[model] if steps is None else steps,
-        batch=BATCH[model] if batch is None else batch,
-    )
-    for what, number in (("steps", setting.steps), ("batch", setting.batch), ("seeds", seeds)):
-        if number < 1:
-            raise ArgumentError(f"bench train: {what} is {number}; must be at least 1")
-    if min(ranks) < 1:
-        raise ArgumentError(f"bench train: no job of {min(ranks)} ranks")
-    return Plan(model, ranks, methods, chosen, setting, seeds, simulate=True)
-
-
-def _check_real(plan: Plan) -> None:
-    """`ArgumentError` for a method that can only be simulated."""
-    for name in plan.methods:
-        if parse(name).simulated_only:
-            raise ArgumentError(
-                f"bench train: method {name!r} exists in simulation only; add --simulate"
-            )
-
-
-def _check_shards(task: tasks.Task, plan: Plan, count: int) -> None:
-    length = len(task.shards(count, plan.setting.shards, 0)[0])
-    if length < plan.setting.batch:
-        raise ArgumentError(
-            f"bench train: {count} ranks leave {length} samples each, fewer than a batch of "
-            f"{plan.setting.batch}; give fewer ranks or a smaller --batch"
-        )
 
 
 def _facts(plan: Plan, transport: str) -> dict[str, object]:
@@ -201,7 +72,11 @@ def _outcomes(
     """What came of each of ``plan.runs(count)``, in their order."""
     runs = plan.runs(count)
     if not plan.simulate:
-        return real(plan.model, runs, transport, lambda each: advance(_label(each)))
+        found: list[Outcome] = []
+        for start in range(0, len(runs), _JOB_RUNS):
+            part = runs[start : start + _JOB_RUNS]
+            found += real(plan.model, part, transport, lambda each: advance(_label(each)))
+        return found
     import torch
 
     from ucxgossip.bench.simulate import simulate
@@ -292,7 +167,7 @@ def _print(plan: Plan, facts: dict[str, object], rows: list[dict[str, Any]], by_
     print(
         f"# ucxgossip bench train, {plan.model}, {setting.optimizer}, {setting.shards} shards, "
         f"{setting.decay} rate, {setting.steps} steps of {setting.batch} samples a rank, "
-        f"{plan.seeds} seeds, {how}"
+        f"{plan.seeds} {'seed' if plan.seeds == 1 else 'seeds'}, {how}"
     )
     for key, value in facts.items():
         print(f"#   {key:<22}  {'-' if value is None else value}")

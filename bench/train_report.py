@@ -101,7 +101,7 @@ def table(rows: Sequence[Row], by_loss: bool) -> Table:
     if by_loss:
         columns += [
             ("loss\n", lambda r: _number(r["loss"], ".3f")),
-            ("worst\n", lambda r: _number(r["worst_loss"], ".3f")),
+            ("worst\nloss", lambda r: _number(r["worst_loss"], ".3f")),
         ]
     columns.append(("replicas\napart", lambda r: _number(r["consensus"], ".1e")))
     if any(row["step_ms"] is not None for row in rows):

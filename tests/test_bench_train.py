@@ -12,6 +12,7 @@ from ucxgossip.bench import tasks, train, train_report
 from ucxgossip.bench.methods import parse
 from ucxgossip.bench.setting import Outcome, Setting
 from ucxgossip.bench.simulate import simulate
+from ucxgossip.bench.train_plan import Run
 from ucxgossip.cli import main
 from ucxgossip.errors import BenchError
 
@@ -41,6 +42,7 @@ SERVED = (
 """What `attach` serves and timing does not change."""
 
 
+@pytest.mark.slow
 @pytest.mark.spawn
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_real_ranks_equal_the_simulation(ranks: int, tmp_path: Path) -> None:
@@ -48,7 +50,7 @@ def test_real_ranks_equal_the_simulation(ranks: int, tmp_path: Path) -> None:
         ranks, shards="skewed", decay="cosine", steps=6, batch=4, seed=3, evaluations=2
     )
     runs = [
-        train.Run(
+        Run(
             parse(method),
             replace(setting, optimizer=optimizer, rate=rate),
         )
@@ -91,6 +93,7 @@ def test_real_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_simulated_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
     path, figure = tmp_path / "train.json", tmp_path / "train.png"
     command = ["bench", "train", "--simulate", "--ranks", "2,4", "--seeds", "2", "--steps", "20"]
     options = ["--methods", "allreduce,gossip-both-atc+state", "--rates", "0.02,1e9"]
@@ -157,7 +160,7 @@ def test_bad_input(
 
 @pytest.mark.spawn
 def test_a_rank_that_fails_is_named() -> None:
-    runs = [train.Run(parse("gossip-deferred"), Setting(2, steps=1))]
+    runs = [Run(parse("gossip-deferred"), Setting(2, steps=1))]
     with pytest.raises(BenchError, match="has no real form"):
         train.real("lenet", runs, "auto")
 

@@ -42,24 +42,23 @@ def _schedules(options: argparse.Namespace) -> Result:
 
 
 def _bench_train(options: argparse.Namespace) -> Result:
-    from ucxgossip.bench import train
+    from ucxgossip.bench import train, train_plan
 
     rates = options.rates if options.rate is None else options.rate
-    return train.run(
+    plan = train_plan.make(
         options.model,
         _whole("--ranks", options.ranks, "4,8"),
         _names(options.methods),
-        optimizer=options.optimizer,
-        rates=None if rates is None else _numbers("--rates", rates, float, "0.01,0.03"),
-        shards=options.shards,
-        decay=options.decay,
-        steps=options.steps,
-        batch=options.batch,
-        seeds=options.seeds,
-        simulate=options.simulate,
-        transport=options.transport,
-        plot=options.plot,
+        options.optimizer,
+        None if rates is None else _numbers("--rates", rates, float, "0.01,0.03"),
+        options.shards,
+        options.decay,
+        options.steps,
+        options.batch,
+        options.seeds,
+        options.simulate,
     )
+    return train.run(plan, options.transport, options.plot)
 
 
 def _names(text: str) -> list[str]:
@@ -135,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
 def _train(benches: Any) -> None:
     train = benches.add_parser(
         "train",
-        help="accuracy that gossip, all-reduce and no communication reach, and their step times",
+        help="accuracy reached by gossip, by all-reduce and alone, and step times",
         description="Train small models on data that needs no download: scikit-learn's digits, "
         "the standard library's source. Paired seeds: for a seed, every method has the same first "
         "weights and the same batches. Accuracies are percent of the test set, after the last "
@@ -157,7 +156,9 @@ def _train(benches: Any) -> None:
         default="local,allreduce,gossip-both-atc",
         help="what to compare (default: local,allreduce,gossip-both-atc)",
     )
-    train.add_argument("--optimizer", default="sgd", help="sgd (momentum 0.9) or adamw")
+    train.add_argument(
+        "--optimizer", default="sgd", help="sgd (momentum 0.9) or adamw (default: sgd)"
+    )
     rate = train.add_mutually_exclusive_group()
     rate.add_argument("--rate", help="learning rate (default: one at which all-reduce does well)")
     rate.add_argument(
@@ -165,8 +166,12 @@ def _train(benches: Any) -> None:
         help="learning rates to try, such as 0.01,0.02,0.04; reported is each method's own best, "
         "by its worst replica on the test set",
     )
-    train.add_argument("--shards", default="iid", help="iid or skewed (few labels a rank)")
-    train.add_argument("--decay", default="constant", help="constant or cosine")
+    train.add_argument(
+        "--shards", default="iid", help="iid, or skewed: few labels a rank (default: iid)"
+    )
+    train.add_argument(
+        "--decay", default="constant", help="constant or cosine, of the rate (default: constant)"
+    )
     train.add_argument("--steps", type=int, help="steps of each run (default: 400)")
     train.add_argument("--batch", type=int, help="samples a rank and step (default: 16; gpt: 8)")
     train.add_argument("--seeds", type=int, default=5, help="runs of each method (default: 5)")
