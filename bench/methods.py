@@ -28,7 +28,7 @@ BASES: dict[str, tuple[str, str]] = {
 OPTIONS = {
     "state": "the optimizer's state is mixed as the weights are",
     "staleN": "weights put in one step are mixed N steps later, as a difference",
-    "globalH": "the exact mean of all in place of the round of every H-th step",
+    "globalH": "the exact mean of all as well, in every H-th step",
     "localK": "rounds in every K-th step only",
     "noise": "Adam's second moment without the noise that an all-reduce would average away",
     "dropF": "each put is left out with probability F (simulation only)",

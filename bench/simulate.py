@@ -199,7 +199,7 @@ def _step(
         noise.after_step()
     if method.global_every and (step + 1) % method.global_every == 0:
         average(rows)
-    elif due and method.weights_travel:
+    if due and method.weights_travel:
         _exchange(method, mixer, rows, before, _state(optimizer, weights) if method.state else [])
 
 

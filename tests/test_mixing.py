@@ -25,6 +25,7 @@ def test_known_modes(mix: str, combine: str) -> None:
         ({"combine": "cta"}, "unknown combine 'cta'; choose one of 'atc', 'awc'"),
         ({"optimizer_state": "momentum"}, "unknown optimizer_state 'momentum'"),
         ({"buffers": None}, "unknown buffers None"),
+        ({"optimizer_state": 1}, "unknown optimizer_state 1"),
         ({"staleness": -1}, "staleness is -1"),
         ({"staleness": True}, "staleness is True"),
         ({"local_steps": 0}, "local_steps is 0; must be a whole number from 1 on"),
@@ -47,7 +48,14 @@ def test_refused_modes(changes: dict[str, object], word: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"rate": 0}, {"rate": "1"}, {"momentum": 1.0}, {"momentum": -0.1}]
+    "settings",
+    [
+        {"rate": 0},
+        {"rate": "1"},
+        {"rate": float("inf")},
+        {"momentum": 1.0},
+        {"momentum": -0.1},
+    ],
 )
 def test_refused_outer_optimizers(settings: dict[str, object]) -> None:
     with pytest.raises(errors.ArgumentError, match="Nesterov: "):

@@ -31,6 +31,7 @@ class Channel:
         self, group: Group, nbytes: int, to: int | None, sender: int | None, depth: int = 2
     ) -> None:
         self.group, self.to, self.sender = group, to, sender
+        channel.prepare()
         self.mailbox = group.mailbox(nbytes, depth)
         self.taken = 0
 
@@ -41,8 +42,11 @@ class Channel:
 
     @property
     def busy(self) -> bool:
-        """Whether the last put may still read its source."""
-        return self.group.engine.active(self.mailbox)
+        """Whether the last put may still read its source; `UCXError` if it failed."""
+        state = int(self.group.engine.table[self.mailbox.index, w.STATE])
+        if state == w.FAILED:
+            self.group.wait(self.mailbox)  # which raises what went wrong
+        return state == w.ACTIVE
 
     @property
     def free(self) -> bool:
@@ -65,7 +69,7 @@ class Channel:
             sender=-1,
             operation=w.COPY,
             source_param=source.param,
-            need_credit=0,
+            need_credit=int(self.sent >= self.mailbox.layout.depth),
         )
         self.group.engine.post(self.mailbox, what)
         self.mailbox.in_flight = (source.owner,)
@@ -96,19 +100,16 @@ class Channel:
 
     def wait_sent(self) -> None:
         """Wait until the last put has left its source."""
-        if self.busy:
+        if self.sent:
             self.group.wait(self.mailbox)
 
     def wait_arrived(self, timeout: float) -> None:
         """Wait for a message; `ExchangeTimeoutError` after `timeout` seconds, errors of others."""
         start = time.monotonic()
-        looked = start
         while not self.arrived:
             jit.yield_cpu()
+            self.group.look_around()
             now = time.monotonic()
-            if now - looked > 1.0:
-                self.group.raise_if_failed()
-                looked = now
             if now - start > timeout:
                 raise ExchangeTimeoutError(
                     f"rank {self.group.rank} waited {now - start:.1f} s for rank {self.sender} to "

@@ -150,6 +150,7 @@ class Group:
         self.rank, self.size, self.timeout = meeting.rank, meeting.size, meeting.timeout
         self._meeting = meeting
         self._closed = False
+        self._looked = time.monotonic()
         self._failure: GossipError | None = None
         self._exchange_box: Mailbox | None = None
         self._exchange_dtype: np.dtype[Any] | None = None
@@ -410,10 +411,16 @@ class Group:
         if status < 0:
             self._fail(UCXError(ops.SEND, int(status), status_name(int(status)), "a credit"))
 
-    def raise_if_failed(self) -> None:
-        """`PeerError` if another rank left with an error, `ExchangeError` if this one did."""
+    def look_around(self) -> None:
+        """`PeerError` if another rank left with an error; asks at most once a second.
+
+        For whoever waits for nobody, and would not notice.
+        """
         self._check_usable()
-        self._look_for_errors_of_others()
+        now = time.monotonic()
+        if now - self._looked > _SLICE:
+            self._looked = now
+            self._look_for_errors_of_others()
 
     def check_schedule(self, schedule: Schedule) -> Schedule:
         """`schedule` if it fits this group; `ScheduleError` else."""

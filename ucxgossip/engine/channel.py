@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from numba import types
+
 from ucxgossip import jit
+from ucxgossip.engine import rounds
 from ucxgossip.engine import words as w
 from ucxgossip.engine.handlers import arrived, mailbox_words
 
@@ -19,3 +22,12 @@ def complete(engine: Any, index: int, number: int, nbytes: int) -> bool:
     while part >= 0 and arrived(engine, mailbox, number, part):
         part -= 1
     return part < 0  # type: ignore[no-any-return]
+
+
+_word, _words = types.int64, types.int64[::1]
+
+
+def prepare() -> None:
+    """Compile what channels call, ahead of a step and outside of the worker's lock."""
+    jit.compile_ahead(complete, types.boolean(_words, _word, _word, _word))
+    jit.compile_ahead(rounds.grant, types.int64(_words, _words, _word, _word))

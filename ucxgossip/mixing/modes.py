@@ -10,6 +10,7 @@ rate, and is not offered.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 from ucxgossip.errors import ArgumentError
@@ -41,9 +42,11 @@ class Nesterov:
     momentum: float = 0.5
 
     def __post_init__(self) -> None:
-        for name, value, least in (("rate", self.rate, 0.0), ("momentum", self.momentum, -1.0)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > least:
-                raise ArgumentError(f"Nesterov: {name} is {value!r}; must be a positive number")
+        for name, value in (("rate", self.rate), ("momentum", self.momentum)):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ArgumentError(f"Nesterov: {name} is {value!r}; must be a number")
+        if not 0 < self.rate < math.inf:
+            raise ArgumentError(f"Nesterov: rate is {self.rate}; must be positive")
         if not 0 <= self.momentum < 1:
             raise ArgumentError(f"Nesterov: momentum is {self.momentum}; must be from 0 to below 1")
 
@@ -70,7 +73,7 @@ class Modes:
             ("buffers", self.buffers, (False, True)),
             ("noise_correction", self.noise_correction, (False, True)),
         ):
-            if value not in known:
+            if not any(value is each or (value == each and type(value) is str) for each in known):
                 choices = ", ".join(repr(each) for each in known)
                 raise ArgumentError(f"unknown {name} {value!r}; choose one of {choices}")
         _check_count("staleness", self.staleness, 0)

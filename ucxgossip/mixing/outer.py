@@ -77,6 +77,7 @@ class Outer:
         """Finish, and replace the weights by their mean over all ranks. Collective."""
         self.wait()
         collective.average(self.array)
+        self._slow.array[:] = self.array
 
     def state(self) -> State:
         """Slow weights, velocity and the next step."""

@@ -76,13 +76,15 @@ class PushSum:
         """Nothing: the first message follows the first step."""
 
     def post(self) -> None:
-        """Take what has come, then put to this step's partner unless its slot is full."""
+        """Put to this step's partner unless its slot is full, then take what has come."""
         self.position += 1
         self._open = True
-        self._collect()
-        if not self.edges:
-            return
-        edge = self.edges[(self.position - 1) % len(self.edges)]
+        if self.edges:
+            self.group.look_around()
+            self._put(self.edges[(self.position - 1) % len(self.edges)])
+            self._collect()
+
+    def _put(self, edge: Channel) -> None:
         if edge.to is None:
             return
         # One outgoing copy for all edges: the last put may still read it.

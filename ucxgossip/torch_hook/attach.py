@@ -57,10 +57,10 @@ def attach(
     When: combine is ``"atc"`` (weights are averaged after the optimizer's step) or ``"awc"`` (the
     weights from before the step, beside it). staleness=k: what comes in is mixed up to k steps
     late, against a snapshot of its step. local_steps=k: a round only every k-th step.
-    global_average_every=h: every h-th step the exact mean of all ranks in place of a round, which
-    waits for all. outer: an outer optimizer over the rounds, `ug.Nesterov`. noise_correction: Adam
-    and AdamW make steps as large as under all-reduce (docs/training.md), for three more copies of
-    the parameters.
+    global_average_every=h: the exact mean of all ranks after every h-th step, which waits for
+    all. outer: an outer optimizer over the rounds, `ug.Nesterov`. noise_correction: Adam and AdamW
+    make steps as large as under all-reduce (docs/training.md), for three more copies of the
+    parameters.
 
     With whom: schedule is `Rotated(Dissemination(size), seed=0)` by default, `Dissemination(size)`
     for push_sum. bucket_bytes: size of what travels at a time. scaler: the `GradScaler` in use, if

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils import _pytree as pytree
 
 from ucxgossip.group import Group
 from ucxgossip.mixing import (
@@ -96,14 +97,16 @@ class Exchange:
         if self.state is not None:
             self.state.settle()
 
-    def post(self) -> None:
-        """Send what the step has left, in the order in which the next forward needs it."""
-        streams = self._weights()
-        position = next((stream.position for stream in streams), 0)
-        for stream in streams:
+    def post(self, stepped: bool) -> None:
+        """Send what the step has left, in the order in which the next forward needs it.
+
+        stepped: whether the optimizer did step.
+        """
+        position = self._position()
+        for stream in self._weights():
             stream.post()
         if self.state is not None:
-            self.state.post(position)
+            self.state.post(position, stepped)
         if self.buffers is not None:
             self.buffers.post()
 
@@ -112,6 +115,9 @@ class Exchange:
         for bucket in self.buckets if buckets is None else buckets:
             if bucket.weights_stream is not None:
                 bucket.weights_stream.wait()
+
+    def _position(self) -> int:
+        return next((stream.position for stream in self._weights()), 0)
 
     def _weights(self) -> list[Stream]:
         return [each.weights_stream for each in self.order if each.weights_stream is not None]
@@ -150,13 +156,12 @@ class Exchange:
                 part.finish()
 
     def average_weights(self) -> None:
-        """The exact mean on all ranks, from which the streams begin anew."""
+        """The exact mean on all ranks; nothing is under way then."""
         for bucket in self.buckets:
             if bucket.weights_stream is not None:
                 bucket.weights_stream.average(self.collective)
             else:
                 self.collective.average(bucket.weights.array)
-        self.begin()
 
     def average_buffers(self) -> None:
         """The exact mean of the float buffers on all ranks."""
@@ -164,8 +169,10 @@ class Exchange:
             self.buffers.finish()
         for buffer in self.model.buffers():
             if buffer.dtype in DTYPES and buffer.numel():
-                flat = buffer.detach().numpy().reshape(-1).copy()
+                own = buffer.detach().numpy().reshape(-1)
+                flat = own.copy()
                 self.collective.average(flat)
+                flat = np.where(np.isfinite(own), flat, own)  # a mask's -inf has no mean
                 buffer.copy_(torch.from_numpy(flat).view(buffer.shape))
 
     # --- checkpoints ---------------------------------------------------------------------------
@@ -173,12 +180,14 @@ class Exchange:
     def save(self) -> dict[str, Any]:
         """What a resumed run needs beside the tensors themselves."""
         self.wait()
-        return {
+        saved = {
             "weights": [_state(bucket.weights_stream) for bucket in self.buckets],
             "gradients": [_state(bucket.gradients_stream) for bucket in self.buckets],
             "optimizer": [] if self.state is None else self.state.state(),
             "buffers": [] if self.buffers is None else self.buffers.state(),
         }
+        found: dict[str, Any] = pytree.tree_map(_to_torch, saved)
+        return found
 
     def quiet(self) -> None:
         """End every round under way and let none of them change weights or buffers."""
@@ -192,6 +201,7 @@ class Exchange:
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Continue from `saved`. After `quiet`, and a meeting of all ranks."""
+        saved = pytree.tree_map(_to_numpy, dict(saved))
         for bucket, weights, gradients in zip(
             self.buckets, saved["weights"], saved["gradients"], strict=True
         ):
@@ -200,7 +210,7 @@ class Exchange:
             if bucket.gradients_stream is not None:
                 bucket.gradients_stream.load(gradients)
         if self.state is not None:
-            self.state.load(saved["optimizer"])
+            self.state.load(saved["optimizer"], self._position())
         if self.buffers is not None:
             self.buffers.load(saved["buffers"])
 
@@ -242,6 +252,15 @@ class Exchange:
 
 def _state(stream: Stream | None) -> dict[str, Any] | None:
     return None if stream is None else stream.state()
+
+
+def _to_torch(value: object) -> object:
+    """Arrays as tensors, which ``torch.load(weights_only=True)`` admits."""
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
+def _to_numpy(value: object) -> object:
+    return value.numpy() if isinstance(value, torch.Tensor) else value
 
 
 def _bytes_of(tensor: torch.Tensor) -> NDArray[np.uint8]:

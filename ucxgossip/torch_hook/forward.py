@@ -33,6 +33,9 @@ class Hook:
     def __deepcopy__(self, memo: object) -> Hook:
         return Hook(_nothing)
 
+    def __reduce__(self) -> tuple[type[Hook], tuple[Callable[..., None]]]:
+        return Hook, (_nothing,)
+
 
 def _nothing(*_: object) -> None:
     """What a copied model's hooks do."""
@@ -103,13 +106,25 @@ class Forward:
 
     def _learn(self) -> None:
         self._learning = False
-        parents = {child: m for m in self.model.modules() for child in m.children()}
+        parents: dict[torch.nn.Module, list[torch.nn.Module]] = {}
+        for parent in self.model.modules():
+            for child in parent.children():
+                parents.setdefault(child, []).append(parent)
         for module in list(self._needs):
-            server = module
-            while server not in self._called and server in parents:
-                server = parents[server]
-            if server is not module:
+            for server in self._servers(module, parents):
                 merged = self._needs[server] + self._needs[module]
                 self._needs[server] = list(dict.fromkeys(merged))
         needed = [bucket for module in self._called for bucket in self._needs.get(module, [])]
         self.order = list(dict.fromkeys([*needed, *self.buckets]))
+
+    def _servers(
+        self, module: torch.nn.Module, parents: dict[torch.nn.Module, list[torch.nn.Module]]
+    ) -> Iterator[torch.nn.Module]:
+        """The nearest ancestors that are called; several where a module is shared."""
+        if module in self._called:
+            return
+        for parent in parents.get(module, []):
+            if parent in self._called:
+                yield parent
+            else:
+                yield from self._servers(parent, parents)

@@ -8,7 +8,8 @@ are put and averaged under the next forward, where each module waits for its own
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -52,9 +53,9 @@ class Gossip:
     ) -> None:
         self.model, self.optimizer, self.group = model, optimizer, group
         self.modes, self.schedule = modes, schedule
+        self._scaler = scaler
         self._steps = 0
         self._detached = False
-        self._stepping = False
         self._shuffled: list[tuple[Iterable[Any], Shuffled]] = []
         self._epochs: list[int] = []
         self._exchange = Exchange(model, optimizer, group, modes, schedule, runs)
@@ -88,6 +89,10 @@ class Gossip:
         self._own_zero_grad = vars(self.optimizer).get("zero_grad")
         self._original_zero_grad = self.optimizer.zero_grad
         self.optimizer.zero_grad = self._zero_grad  # type: ignore[method-assign]
+        if self._scaler is not None:
+            self._own_scaler_step = vars(self._scaler).get("step")
+            self._our_scaler_step = functools.partial(self._scaler_step, self._scaler.step)
+            self._scaler.step = self._our_scaler_step  # type: ignore[method-assign]
         if self.modes.in_place:
             self._handles += self._forward.install()
             for register in (
@@ -100,13 +105,7 @@ class Gossip:
     # --- hooks ---------------------------------------------------------------------------------
 
     def _zero_grad(self, set_to_none: bool = True) -> None:
-        """The optimizer's ``zero_grad``; gradients that travel are zeroed where they are.
-
-        Gradients that no step used (a `GradScaler` found them infinite) make this rank take part
-        in the step's rounds all the same.
-        """
-        if self._gradients.skipped and not self._stepping and not self.group.failed:
-            self.skip_step()
+        """The optimizer's ``zero_grad``; gradients that travel are zeroed where they are."""
         self._original_zero_grad(set_to_none)
         held = {id(p) for each in self.optimizer.param_groups for p in each["params"]}
         for bucket in self._buckets:
@@ -116,27 +115,45 @@ class Gossip:
         """Whether the `step`-th step (from 1 on) has a round."""
         return step % self.modes.local_steps == 0
 
-    def _before_step(self, *_: object) -> None:
+    def _scaler_step(
+        self, original: Callable[..., Any], optimizer: torch.optim.Optimizer, *args: Any, **kw: Any
+    ) -> Any:
+        """``GradScaler.step``; where it skips ours, this rank takes part in the step's rounds."""
+        result = original(optimizer, *args, **kw)
+        ours = optimizer is self.optimizer and not self._detached
+        if ours and self._gradients.went_backward:
+            self.skip_step()
+        return result
+
+    def _before_step(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._check_attached()
         self._gradients.check_ended()
         for bucket in self._buckets:
             bucket.check_in_place()
-        self._stepping = True
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0]: optimizer
+        if self._noise is not None and closure is not None:
+            raise ArgumentError(
+                "noise_correction needs the gradients before the step; call backward() first and "
+                "optimizer.step() without a closure"
+            )
         self._exchange.settle()
         if self._noise is not None and self._gradients.went_backward:
             self._noise.before_step()
 
     def _after_step(self, *_: object) -> None:
-        self._steps += 1
-        self._stepping = False
-        self._gradients.step_done()
         if self._noise is not None:
             self._noise.after_step()
+        self._end_step(stepped=True)
+
+    def _end_step(self, stepped: bool) -> None:
+        """Count a step, taken or skipped, and start its rounds."""
+        self._steps += 1
+        self._gradients.step_done()
         every = self.modes.global_average_every
         if every is not None and self._steps % every == 0:
             self._exchange.average_weights()
-        elif self._due(self._steps):
-            self._exchange.post()
+        if self._due(self._steps):
+            self._exchange.post(stepped)
 
     def _before_forward(self, buckets: Iterable[Bucket]) -> None:
         self._exchange.order = self._forward.order
@@ -175,10 +192,10 @@ class Gossip:
         yet count as zero. Called by the hooks where `GradScaler` skips a step, and by `shuffled`.
         """
         self._check_attached()
+        self._gradients.check_ended()
         self._gradients.exchange_zeros()
-        self._gradients.step_done()
-        self._before_step()
-        self._after_step()
+        self._exchange.settle()
+        self._end_step(stepped=False)
 
     def shuffled(self, loader: Iterable[Any]) -> Shuffled:
         """`loader`'s batches, passed round the ring of ranks as they come: see `Shuffled`.
@@ -213,6 +230,7 @@ class Gossip:
         """
         self._check_attached()
         self._exchange.average_weights()
+        self._exchange.begin()
         self._exchange.average_buffers()
 
     def stats(self) -> dict[str, Any]:
@@ -252,7 +270,10 @@ class Gossip:
     def state_dict(self) -> dict[str, Any]:
         """What this rank needs, beside model and optimizer, to go on bit for bit. Collective.
 
-        Each rank saves its own three: ``model.state_dict()``, ``optimizer.state_dict()`` and this.
+        Each rank saves its own three, this one first (push-sum takes in what is under way):
+        ``gossip.state_dict()``, ``model.state_dict()``, ``optimizer.state_dict()``. Where the
+        result hangs on timing (push-sum; staleness with gradients, or above 1) it goes on, but not
+        bit for bit.
         Of the loaders given to `shuffled` it holds the epoch, not the place within it.
         """
         self._check_attached()
@@ -270,14 +291,18 @@ class Gossip:
         its optimizer, then this. `ArgumentError` if the modes, the schedule or the buckets differ.
         """
         self._check_attached()
-        saved, here = state["facts"], self._facts()
+        saved, here = state.get("facts"), self._facts()
+        if not isinstance(saved, Mapping):
+            raise ArgumentError("load_state_dict takes what gossip.state_dict() returned")
         for name in here:
             if saved.get(name) != here[name]:
                 raise ArgumentError(
                     f"the checkpoint has {name}: {saved.get(name)!r}, this run has {here[name]!r}"
                 )
         self._exchange.quiet()
-        self.group.agree("load_state_dict", {"steps": state["steps"]})
+        # Under push-sum ranks count their own steps.
+        together = self.modes.mix != "push_sum"
+        self.group.agree("load_state_dict", {"steps": state["steps"]} if together else {})
         self._steps = int(state["steps"])
         self._gradients.step_done()
         self._exchange.load(state)
@@ -319,6 +344,10 @@ class Gossip:
         del self.optimizer.zero_grad
         if self._own_zero_grad is not None:
             self.optimizer.zero_grad = self._own_zero_grad  # type: ignore[method-assign]
+        if self._scaler is not None and vars(self._scaler).get("step") is self._our_scaler_step:
+            del self._scaler.step
+            if self._own_scaler_step is not None:
+                self._scaler.step = self._own_scaler_step  # type: ignore[method-assign]
         delattr(self.optimizer, MARK)
         for bucket in self._buckets:
             for parameter in bucket.parameters:

@@ -27,6 +27,9 @@ class Scaler(Protocol):
     def get_scale(self) -> float:
         """The factor on this rank's gradients."""
 
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """Step the optimizer, unless a gradient is infinite."""
+
 
 class Gradients:
     """The backward passes of an attached model.
@@ -47,6 +50,7 @@ class Gradients:
         self.went_backward = False
         self._synchronising = True
         self._in_backward: int | None = None
+        self._in_local: int | None = None
         self._scale = 1.0
 
     def install(self) -> Iterator[Any]:
@@ -72,11 +76,6 @@ class Gradients:
         """`ExchangeError` if a backward began that never ended."""
         if self._in_backward is not None:
             raise self._broken()
-
-    @property
-    def skipped(self) -> bool:
-        """Whether gradients wait for a step."""
-        return self.went_backward and self._in_backward is None
 
     def step_done(self) -> None:
         """The optimizer has used the gradients."""
@@ -106,7 +105,12 @@ class Gradients:
         if not self._synchronising:
             return
         if not self.due():
-            self.went_backward = True
+            if not self.went_backward and self._in_local is None:
+                self._in_local = _backward_number()
+                for each in self.buckets:
+                    each.start_backward()
+                torch.autograd.Variable._execution_engine.queue_callback(self._after_local)
+            bucket.receive(index)
             return
         if self._in_backward is None:
             self._in_backward = _backward_number()
@@ -147,6 +151,15 @@ class Gradients:
                 if self._scale != 1.0:
                     bucket.gradients.tensor.mul_(self._scale)
 
+    def _after_local(self) -> None:
+        """End a backward without a round: unused parameters have no gradient."""
+        self._in_local = None
+        self.went_backward = True
+        for bucket in self.buckets:
+            for parameter, received in zip(bucket.parameters, bucket.received, strict=True):
+                if not received and parameter.grad is not None and not parameter.grad.any():
+                    parameter.grad = None
+
     def _after_backward(self) -> None:
         """Send what backward left out, and wait."""
         self._in_backward = None
@@ -168,8 +181,10 @@ class Gradients:
 
     def _broken(self) -> ExchangeError:
         return ExchangeError(
-            "the last backward() ended in an exception after some of its gradients were put; the "
-            "ranks are out of step. End the job, or detach() and attach() on all ranks"
+            "a backward() began and has not ended: the last one raised an exception after some "
+            "of its gradients were put, so that ranks are out of step (end the job, or detach() "
+            "and attach() on all ranks), or one runs within another (checkpoint(use_reentrant="
+            "True): use use_reentrant=False)"
         )
 
 

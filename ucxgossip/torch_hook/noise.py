@@ -7,7 +7,8 @@ the optimizer's own state, as ``exp_avg_noise``, so that a checkpoint of the opt
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,21 +37,40 @@ def check_noise_correction(modes: Modes, optimizer: torch.optim.Optimizer) -> No
             f"noise_correction is for Adam and AdamW, not {type(optimizer).__name__}; leave it "
             "False (SGD's step does not depend on the noise)"
         )
-    if any(each.get("amsgrad") or each.get("capturable") for each in optimizer.param_groups):
-        raise ModelError("noise_correction does not serve amsgrad or capturable; leave it False")
+    for each in optimizer.param_groups:
+        for name in ("amsgrad", "capturable", "fused"):
+            if each.get(name):
+                raise ModelError(
+                    f"noise_correction does not serve {type(optimizer).__name__}({name}=True)"
+                )
+        if not each["betas"][1]:
+            raise ModelError("noise_correction needs a second beta above 0; Adam has no v without")
+
+
+@dataclass
+class _Piece:
+    """One parameter that the optimizer holds, its place in the bucket, and its largest gradient."""
+
+    parameter: torch.nn.Parameter
+    place: slice
+    largest: int = 0
+    value: float = 0.0
 
 
 class _Part:
     """What one bucket needs: the half difference of its gradients, and room for its moments."""
 
-    def __init__(self, bucket: Bucket) -> None:
+    def __init__(self, bucket: Bucket, held: set[int]) -> None:
         assert bucket.gradients is not None
-        self.bucket = bucket
         self.mixed = bucket.gradients.array
         self.half = np.zeros_like(self.mixed)
         self.raw = np.zeros_like(self.mixed)
         self.share = 0.0
-        self.largest, self.value = 0, 0.0
+        self.pieces = [
+            _Piece(parameter, slice(view.storage_offset(), view.storage_offset() + view.numel()))
+            for parameter, view in zip(bucket.parameters, bucket.gradients.views, strict=True)
+            if id(parameter) in held and view.numel()
+        ]
 
 
 class NoiseCorrection:
@@ -64,8 +84,10 @@ class NoiseCorrection:
         rank: int,
     ) -> None:
         self.optimizer, self.schedule, self.rank = optimizer, schedule, rank
-        self.parts = {id(bucket): _Part(bucket) for bucket in buckets}
+        held = {id(p) for each in optimizer.param_groups for p in each["params"]}
+        self.parts = {id(bucket): _Part(bucket, held) for bucket in buckets}
         self._touched: list[tuple[NDArray[Any], NDArray[Any]]] = []
+        self._first: list[tuple[torch.nn.Parameter, NDArray[Any]]] = []
 
     def before_exchange(self, bucket: Bucket) -> None:
         """Keep this rank's own gradients."""
@@ -80,59 +102,64 @@ class NoiseCorrection:
         part.share = noise_share(weight, self.schedule.size) if weight else 0.0
         np.subtract(part.mixed, part.half, out=part.half)
         part.half *= part.half.dtype.type(1 / (2 * weight) if weight else 0.0)
-        part.largest = int(np.argmax(np.abs(part.mixed)))
-        part.value = float(part.mixed[part.largest])
+        for piece in part.pieces:
+            mixed = part.mixed[piece.place]
+            piece.largest = int(np.argmax(np.abs(mixed)))
+            piece.value = float(mixed[piece.largest])
 
     def before_step(self) -> None:
         """Put moments in place from which the step arrives at the corrected ones."""
         self._touched.clear()
+        settings = {id(p): each for each in self.optimizer.param_groups for p in each["params"]}
         for part in self.parts.values():
-            if part.value:
-                # Clipping and unscaling since backward scale all gradients by one factor.
-                part.half *= part.half.dtype.type(float(part.mixed[part.largest]) / part.value)
-            for parameter, settings, half, raw in self._parameters(part):
-                state = self.optimizer.state.get(parameter, {})
-                if NOISE in state and parameter.grad is not None:
-                    moment = _flat(state["exp_avg_sq"])
-                    kind = moment.dtype.type
-                    correct(
-                        moment,
-                        _flat(state[NOISE]),
-                        raw,
-                        _effective(parameter, settings),
-                        half,
-                        kind(settings["betas"][1]),
-                        kind(part.share),
-                        kind(2 / max(2, self.schedule.size)),
-                    )
-                    self._touched.append((moment, raw))
+            for piece in part.pieces:
+                half, raw = part.half[piece.place], part.raw[piece.place]
+                if piece.value:
+                    # Clipping and unscaling since backward scale a gradient by one factor.
+                    now = float(part.mixed[piece.place][piece.largest])
+                    half *= half.dtype.type(now / piece.value)
+                chosen = settings.get(id(piece.parameter))
+                if chosen is not None and piece.parameter.grad is not None:
+                    self._correct(piece.parameter, chosen, half, raw, part.share)
+
+    def _correct(
+        self,
+        parameter: torch.nn.Parameter,
+        settings: dict[str, Any],
+        half: NDArray[Any],
+        raw: NDArray[Any],
+        share: float,
+    ) -> None:
+        state, kind = self.optimizer.state.get(parameter, {}), half.dtype.type
+        beta = settings["betas"][1]
+        if NOISE not in state:
+            rest = kind((1 - beta) * share)
+            self._first.append((parameter, rest * half * half))
+            return
+        moment = _flat(state["exp_avg_sq"])
+        correct(
+            moment,
+            _flat(state[NOISE]),
+            raw,
+            _effective(parameter, settings),
+            half,
+            kind(beta),
+            kind(share),
+            kind(2 / max(2, self.schedule.size)),
+        )
+        self._touched.append((moment, raw))
 
     def after_step(self) -> None:
         """Put the uncorrected moments back; Adam's first step makes the state."""
         for moment, raw in self._touched:
             moment[:] = raw
+        for parameter, noise in self._first:
+            state = self.optimizer.state.get(parameter)
+            if state and "exp_avg_sq" in state:
+                state[NOISE] = torch.zeros_like(state["exp_avg_sq"])
+                _flat(state[NOISE])[:] = np.where(np.isfinite(noise), noise, 0)
         self._touched.clear()
-        for part in self.parts.values():
-            for parameter, settings, half, _ in self._parameters(part):
-                state = self.optimizer.state.get(parameter)
-                if state and NOISE not in state and "exp_avg_sq" in state:
-                    rest = (1 - settings["betas"][1]) * part.share
-                    state[NOISE] = torch.zeros_like(state["exp_avg_sq"])
-                    _flat(state[NOISE])[:] = half.dtype.type(rest) * half * half
-
-    def _parameters(
-        self, part: _Part
-    ) -> Iterable[tuple[torch.nn.Parameter, dict[str, Any], NDArray[Any], NDArray[Any]]]:
-        """Each parameter that the optimizer holds: its settings, half difference and raw room."""
-        settings = {id(p): each for each in self.optimizer.param_groups for p in each["params"]}
-        assert part.bucket.gradients is not None
-        for parameter, view in zip(
-            part.bucket.parameters, part.bucket.gradients.views, strict=True
-        ):
-            if id(parameter) in settings:
-                start = view.storage_offset()
-                end = start + view.numel()
-                yield parameter, settings[id(parameter)], part.half[start:end], part.raw[start:end]
+        self._first.clear()
 
 
 def _flat(tensor: torch.Tensor) -> NDArray[Any]:

@@ -48,6 +48,8 @@ class OptimizerState:
         self.flats: list[tuple[Bucket, str, Flat]] = []
         self.streams: list[Stream] = []
         self._loaded: Sequence[Mapping[str, Any]] | None = None
+        self._first, self._tried = len(group.engine.mailboxes), 0
+        self._stepped = False
 
     def _names(self, bucket: Bucket) -> list[str]:
         names = {
@@ -61,11 +63,17 @@ class OptimizerState:
         }
         return sorted(names)
 
-    def _make(self, position: int) -> None:
-        """Registered memory and a stream for every kind of state that any rank has."""
-        mine = json.dumps([self._names(bucket) for bucket in self.buckets])
-        key = f"optimizer state {len(self.group.engine.mailboxes)}"
+    def _make(self, position: int, stepped: bool) -> None:
+        """Registered memory and a stream for every kind of state that any rank has.
+
+        Not before every rank has stepped: a `GradScaler` may have skipped the first on some.
+        """
+        self._tried += 1
+        mine = json.dumps([stepped, [self._names(bucket) for bucket in self.buckets]])
+        key = f"optimizer state {self._first} {self._tried}"
         everyone = json.loads(self.group.share(key, mine.encode(), _union))
+        if everyone is None:
+            return
         for bucket, names in zip(self.buckets, everyone, strict=True):
             for name in names:
                 flat = Flat(self.group, bucket.parameters)
@@ -97,10 +105,11 @@ class OptimizerState:
                     view.copy_(entry[name])
                     entry[name] = view
 
-    def post(self, position: int) -> None:
+    def post(self, position: int, stepped: bool) -> None:
         """Send the state that the step left; `position` is the weights' step of the schedule."""
+        self._stepped |= stepped
         if not self.flats:
-            self._make(position)
+            self._make(position, self._stepped)
         self._adopt()
         for stream in self.streams:
             stream.post()
@@ -119,11 +128,15 @@ class OptimizerState:
         """Of each stream, what a resumed run needs."""
         return [stream.state() for stream in self.streams]
 
-    def load(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Continue from `states`: at once, or when the first step makes the streams."""
+    def load(self, states: Sequence[Mapping[str, Any]], position: int) -> None:
+        """Continue from `states`: at once, or when the first step makes the streams.
+
+        Without any they go on at `position`: the state was saved before its first round.
+        """
         if not self.streams:
             self._loaded = list(states) or None
             return
+        states = list(states) or [{"position": position, "pending": []} for _ in self.streams]
         if len(states) != len(self.streams):
             raise ArgumentError("the checkpoint's optimizer state is of another kind")
         for stream, each in zip(self.streams, states, strict=True):
@@ -139,8 +152,14 @@ class OptimizerState:
 
 
 def _union(blobs: list[bytes]) -> bytes:
-    """The names that any rank has, bucket by bucket: a parameter may be unused on some."""
-    buckets = zip(*(json.loads(blob) for blob in blobs), strict=True)
+    """The names that any rank has, bucket by bucket; null until all have stepped.
+
+    A parameter may be unused on some ranks.
+    """
+    told = [json.loads(blob) for blob in blobs]
+    if not all(stepped for stepped, _ in told):
+        return b"null"
+    buckets = zip(*(names for _, names in told), strict=True)
     return json.dumps(
         [sorted({n for names in bucket for n in names}) for bucket in buckets]
     ).encode()
@@ -172,7 +191,8 @@ class ModelBuffers:
                     if out:
                         view.copy_(buffers[name])
                     else:
-                        buffers[name].copy_(view)
+                        # A mask's -inf has no difference to another.
+                        buffers[name].copy_(torch.where(view.isfinite(), view, buffers[name]))
 
     def post(self) -> None:
         """Add what has come in, and send what the buffers hold now."""
