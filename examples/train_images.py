@@ -28,7 +28,7 @@ from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 import ucxgossip as ug
-from ucxgossip.group import Buffer
+from ucxgossip.buffer import Buffer
 
 SYNTHETIC_STEPS = 20
 Batches = Iterable[tuple[Tensor, Tensor]]

@@ -53,7 +53,7 @@ def idle(group: ug.Group) -> dict[str, object]:
         group.agree("put", {})
     else:
         here, there = ug.Dissemination(2).round(0, 0), ug.Dissemination(2).round(0, 2)
-        from ucxgossip.group import Buffer
+        from ucxgossip.buffer import Buffer
 
         buffer = Buffer.of(array)
         group.post(box, buffer, buffer, here, there)

@@ -11,7 +11,7 @@ import pytest
 
 import ucxgossip as ug
 from ucxgossip import errors
-from ucxgossip.group import Buffer
+from ucxgossip.buffer import Buffer
 from ucxgossip.mixing.collective import PIECE, Collective
 from ucxgossip.schedule import Dissemination, Rotated
 

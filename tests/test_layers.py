@@ -22,7 +22,7 @@ FLOORS = {
         "ucp.memory",
         "ucp.resource",
     ),
-    3: ("mailbox",),
+    3: ("mailbox", "buffer"),
     4: ("engine.*",),
     5: ("group", "channel"),
     6: ("mixing.*",),

@@ -970,3 +970,107 @@ def test_resumed_shuffle_goes_on_with_its_epoch(store: Any) -> None:
         with ug.attach(model, optimizer, group) as gossip:
             gossip.load_state_dict(saved)
             assert gossip.shuffled(loader).epoch == 3
+
+
+# --- what else a loop may hold -----------------------------------------------------------------
+
+
+def test_schedulers_parameter_groups_and_clipping(job: Job) -> None:
+    """Two groups with rates of their own, decayed; gradients clipped after the exchange."""
+    size, steps = 3, 6
+    schedule = Rotated(Dissemination(size), seed=5)
+
+    def make(model: Any) -> tuple[torch.optim.Optimizer, Any]:
+        optimizer = torch.optim.SGD(
+            [
+                {"params": list(model[0].parameters()), "lr": 0.2},
+                {"params": list(model[2].parameters()), "momentum": 0.5},
+            ],
+            lr=0.05,
+        )
+        return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
+
+    def clip(model: nn.Module) -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+
+    def body(group: ug.Group) -> np.ndarray:
+        model = small_model()
+        optimizer, rates = make(model)
+        with ug.attach(model, optimizer, group, schedule=schedule, bucket_bytes=200) as gossip:
+            for step in range(steps):
+                optimizer.zero_grad()
+                x, y = batch(group.rank, step)
+                F.cross_entropy(model(x), y).backward()
+                clip(model)
+                optimizer.step()
+                rates.step()
+            gossip.wait()
+            return flat(model)
+
+    reference = Reference(size, "sgd", schedule)
+    optimizers, rates = zip(*(make(model) for model in reference.models), strict=True)
+    for step in range(steps):
+        for rank, model in enumerate(reference.models):
+            optimizers[rank].zero_grad()
+            x, y = batch(rank, step)
+            F.cross_entropy(model(x), y).backward()
+        gradients = [[p.grad for p in model.parameters()] for model in reference.models]
+        reference.average(gradients, step)  # type: ignore[arg-type]
+        for model, optimizer, rate in zip(reference.models, optimizers, rates, strict=True):
+            clip(model)
+            optimizer.step()
+            rate.step()
+        reference.average(reference.weights(), step + reference.ahead)
+    for rank, weights in enumerate(job(size, body)):
+        np.testing.assert_allclose(weights, flat(reference.models[rank]), rtol=1e-9, atol=1e-12)
+
+
+def test_autocast(job: Job) -> None:
+    def body(group: ug.Group) -> list[float]:
+        model = small_model().float()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses = []
+        with ug.attach(model, optimizer, group) as gossip:
+            for _ in range(20):
+                optimizer.zero_grad()
+                x, y = batch(group.rank, 0)
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    loss = F.cross_entropy(model(x.float()), y)
+                loss.backward()
+                optimizer.step()
+                losses.append(float(loss.detach()))
+            assert gossip.consensus_distance() < 1e-6  # two ranks
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+        return losses
+
+    assert all(losses[-1] < losses[0] for losses in job(2, body))
+
+
+def test_detach_and_attach_again_leaves_no_hook(job: Job) -> None:
+    def hooks(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        modules = sum(
+            len(m._forward_pre_hooks) + len(m._state_dict_pre_hooks)
+            + len(m._load_state_dict_pre_hooks) for m in model.modules()
+        )  # fmt: skip
+        tensors = sum(len(p._post_accumulate_grad_hooks or {}) for p in model.parameters())
+        steps = [
+            optimizer._optimizer_step_pre_hooks,
+            optimizer._optimizer_step_post_hooks,
+            optimizer._optimizer_state_dict_pre_hooks,
+            optimizer._optimizer_load_state_dict_pre_hooks,
+        ]
+        return modules + tensors + sum(map(len, steps)) + ("zero_grad" in vars(optimizer))
+
+    def body(group: ug.Group) -> None:
+        model = small_model()
+        optimizer = make_optimizer("adamw", model)
+        for modes in ({}, {"mix": "push_sum"}, {"optimizer_state": True, "combine": "awc"}):
+            with ug.attach(model, optimizer, group, **modes):
+                assert hooks(model, optimizer) > 0
+                train_step(model, optimizer, group.rank, 0)
+            assert hooks(model, optimizer) == 0
+            before = flat(model)
+            train_step(model, optimizer, group.rank, 1)
+            assert not np.array_equal(before, flat(model))
+
+    job(2, body)

@@ -14,10 +14,11 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ucxgossip import jit
+from ucxgossip.buffer import Buffer
 from ucxgossip.engine import Post, channel
 from ucxgossip.engine import words as w
 from ucxgossip.errors import ExchangeTimeoutError
-from ucxgossip.group import Buffer, Group
+from ucxgossip.group import Group
 from ucxgossip.mailbox import CREDIT_WINDOW
 
 

@@ -13,13 +13,14 @@ import mmap
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ucxgossip.buffer import Buffer
 from ucxgossip.engine import Engine, Post, Tuning, rounds
 from ucxgossip.engine import words as w
 from ucxgossip.errors import (
@@ -61,40 +62,6 @@ _OPERATIONS: dict[str, dict[np.dtype[Any], int]] = {
     "mix": {_FLOAT32: w.MIX_FLOAT32, _FLOAT64: w.MIX_FLOAT64},
     "delta": {_FLOAT32: w.DELTA_FLOAT32, _FLOAT64: w.DELTA_FLOAT64},
 }
-
-
-@dataclass(frozen=True)
-class Buffer:
-    """Memory of a payload: an address, its size, and the ``ucp_request_param_t`` to put it with.
-
-    `owner` keeps the memory alive. `param` 0: not registered.
-    """
-
-    address: int
-    nbytes: int
-    dtype: np.dtype[Any]
-    owner: object
-    param: int = 0
-
-    @classmethod
-    def of(cls, array: NDArray[Any], region: MemoryRegion | None = None) -> Buffer:
-        """The memory of a 1-D contiguous writeable array; `ArrayError` for others."""
-        if not isinstance(array, np.ndarray):
-            raise ArrayError(
-                f"exchange takes a NumPy array, not {type(array).__name__}; for a CPU tensor "
-                "pass tensor.numpy()"
-            )
-        if array.ndim != 1 or not array.flags.c_contiguous:
-            raise ArrayError(
-                f"the array must be 1-D and contiguous, not shape {array.shape} with strides "
-                f"{array.strides}; pass np.ascontiguousarray(array).ravel()"
-            )
-        if array.dtype.hasobject:
-            raise ArrayError(f"the array is {array.dtype}; Python objects cannot travel")
-        if not array.flags.writeable:
-            raise ArrayError("the array is read-only; it is averaged in place")
-        param = 0 if region is None else region.param_address
-        return cls(array.ctypes.data, array.nbytes, array.dtype, array, param)
 
 
 def join(

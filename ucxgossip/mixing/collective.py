@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ucxgossip.group import Buffer, Group
+from ucxgossip.buffer import Buffer
+from ucxgossip.group import Group
 from ucxgossip.mailbox import Mailbox
 from ucxgossip.schedule import Broadcast, GlobalAverage, Schedule
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ucxgossip.group import Buffer, Group
+from ucxgossip.buffer import Buffer
+from ucxgossip.group import Group
 from ucxgossip.mixing.collective import Collective
 from ucxgossip.mixing.meter import Meter
 from ucxgossip.mixing.modes import Nesterov

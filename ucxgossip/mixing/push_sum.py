@@ -24,9 +24,10 @@ from typing import Any
 
 import numpy as np
 
+from ucxgossip.buffer import Buffer
 from ucxgossip.channel import Channel
 from ucxgossip.errors import ScheduleError
-from ucxgossip.group import Buffer, Group
+from ucxgossip.group import Group
 from ucxgossip.kernels.cpu import mix
 from ucxgossip.mixing.collective import Collective
 from ucxgossip.mixing.meter import Meter

@@ -23,7 +23,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ucxgossip.group import Buffer, Group
+from ucxgossip.buffer import Buffer
+from ucxgossip.group import Group
 from ucxgossip.mailbox import Mailbox
 from ucxgossip.mixing.collective import Collective
 from ucxgossip.mixing.meter import Meter

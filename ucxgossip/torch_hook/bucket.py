@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ucxgossip.buffer import Buffer
 from ucxgossip.errors import ArrayError, ModelError
-from ucxgossip.group import Buffer, Group
+from ucxgossip.group import Group
 from ucxgossip.mixing import Stream
 from ucxgossip.ucp.memory import MemoryRegion
 

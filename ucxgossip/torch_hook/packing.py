@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from ucxgossip.buffer import Buffer
 from ucxgossip.errors import ArrayError
-from ucxgossip.group import Buffer, Group
+from ucxgossip.group import Group
 
 ALIGNMENT = 64
 """Bytes to which each tensor is aligned in a payload."""

@@ -33,8 +33,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ucxgossip.buffer import Buffer
 from ucxgossip.errors import ArgumentError, ClosedError, MismatchError
-from ucxgossip.group import Buffer, Group
+from ucxgossip.group import Group
 from ucxgossip.mailbox import Mailbox
 from ucxgossip.schedule import GlobalAverage, Round
 from ucxgossip.torch_hook.packing import NOTHING, Packing, Payload, describe, dump, load, merge
