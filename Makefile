@@ -6,6 +6,7 @@ BIN := .venv/bin
 HOUSE := ucxgossip kernels bench
 SIZES := 8,65536,4194304
 PEERS := gloo_allreduce,gloo_gossip
+METHODS := local,allreduce,gossip-weights-atc,gossip-both-atc
 
 .PHONY: help demo test bench typed clean
 
@@ -34,6 +35,7 @@ bench: .venv/ready build/compiled
 	$(BIN)/ucxgossip bench put --transport shm --sizes $(SIZES) --against ucx_perftest --json out/put-shm.json
 	$(BIN)/ucxgossip bench exchange --transport tcp --ranks 2,4 --sizes $(SIZES) --against $(PEERS) --json out/exchange-tcp.json
 	$(BIN)/ucxgossip bench exchange --transport shm --ranks 2,4 --sizes $(SIZES) --against $(PEERS) --json out/exchange-shm.json
+	$(BIN)/ucxgossip bench train --model lenet --ranks 4 --methods $(METHODS) --seeds 2 --json out/train.json
 
 # torch comes first, and by itself: the package's own requirement would admit any build of it.
 .venv/ready: setup.cfg

@@ -31,6 +31,7 @@ OPTIONS = {
     "globalH": "the exact mean of all as well, in every H-th step",
     "localK": "rounds in every K-th step only",
     "noise": "Adam's second moment without the noise that an all-reduce would average away",
+    "shuffle": "samples go round the ring of ranks, as gossip.shuffled does (simulation only)",
     "dropF": "each put is left out with probability F (simulation only)",
     "shiftN": "weights go by the round N later than the step's gradients (simulation only)",
 }
@@ -63,6 +64,7 @@ class Method:
     drop: float = 0.0
     shift: int | None = None
     noise: bool = False
+    shuffle: bool = False
 
     @property
     def gossips(self) -> bool:
@@ -77,7 +79,8 @@ class Method:
     @property
     def simulated_only(self) -> bool:
         """Whether `attach` has no such mode."""
-        return self.combine == "deferred" or self.drop > 0 or self.shift is not None
+        unusual = self.combine == "deferred" or self.shift is not None
+        return unusual or self.drop > 0 or self.shuffle
 
 
 def parse(name: str) -> Method:
@@ -102,7 +105,7 @@ def parse(name: str) -> Method:
 
 
 def _option(name: str, word: str, value: str | None) -> dict[str, Any]:
-    if word in ("state", "noise") and value is None:
+    if word in ("state", "noise", "shuffle") and value is None:
         return {word: True}
     if word not in _FIELDS or value is None:
         raise _unknown(name)

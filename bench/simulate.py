@@ -156,6 +156,8 @@ def simulate(
                 ]
             )
         )
+        if method.shuffle:  # what comes from `step` places back in the ring
+            indices = indices.roll(step, dims=0)
         with torch.no_grad():
             gradients = replicas.gradients(weights, task.inputs[indices], task.targets[indices])
         _step(method, mixer, optimizer, weights, gradients, step)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -203,6 +204,23 @@ def test_push_sum_without_losses_is_weights_atc(task: tasks.Task) -> None:
         for method in ("gossip-push_sum", "gossip-weights-atc")
     )
     assert np.array_equal(found, expected)  # type: ignore[arg-type]
+
+
+def test_shuffle_gives_a_rank_what_comes_from_further_back_each_step(task: tasks.Task) -> None:
+    setting = small(3, "sgd", shards="skewed")
+    shards = task.shards(3, "skewed", setting.seed)
+    model = task.model(setting.seed)
+    optimizer = make_optimizer("sgd", model.parameters(), setting.rate)
+    for step in range(STEPS):
+        sender = (1 - step) % 3
+        chosen = tasks.batch(shards[sender], setting.batch, setting.seed, sender, step)
+        optimizer.zero_grad()
+        loss(model(task.inputs[chosen]), task.targets[chosen]).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    # Gradients alone with nobody: what is left is each rank by itself.
+    found = simulate(task, replace(parse("local"), shuffle=True), setting).weights
+    assert found is not None
+    np.testing.assert_allclose(found[1], flat(model), atol=1e-5)
 
 
 def test_local_steps_do_rounds_in_every_kth_step(task: tasks.Task) -> None:
