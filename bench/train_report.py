@@ -16,6 +16,7 @@ from ucxgossip.errors import ArgumentError, BenchError
 
 Row = dict[str, Any]
 _SWATCHES = ("#7f7f7f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_DASHES = ("-", "--", ":")
 
 
 def make_row(
@@ -157,9 +158,11 @@ def draw(rows: Sequence[Row], by_loss: bool, path: str) -> None:
     )
     for (left, right), count in zip(panels, counts, strict=True):
         for row in (row for row in rows if row["ranks"] == count):
-            colour, curve = _SWATCHES[names.index(row["method"]) % len(_SWATCHES)], row["curve"]
-            left.plot(curve["steps"], _gaps(curve[key]), color=colour, label=row["method"])
-            right.plot(curve["steps"], _gaps(curve["consensus"], True), color=colour)
+            turn, place = divmod(names.index(row["method"]), len(_SWATCHES))
+            look = {"color": _SWATCHES[place], "linestyle": _DASHES[turn % len(_DASHES)]}
+            curve = row["curve"]
+            left.plot(curve["steps"], _gaps(curve[key]), label=row["method"], **look)
+            right.plot(curve["steps"], _gaps(curve["consensus"], True), **look)
         left.set(title=f"{count} ranks", xlabel="steps", ylabel=label)
         right.set(title=f"{count} ranks", xlabel="steps", ylabel="distance of the replicas")
         right.set_yscale("log")

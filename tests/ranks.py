@@ -65,6 +65,27 @@ def idle(group: ug.Group) -> dict[str, object]:
     return {}
 
 
+def push_sum(group: ug.Group) -> dict[str, object]:
+    """Ranks that put at their own pace and wait for nobody: masses and mean come out even."""
+    from ucxgossip.mixing import Collective, Meter, PushSum
+    from ucxgossip.mixing.stream import array_of, registered
+
+    count, collective, meter = 100_000, Collective(group), Meter()
+    buffer = registered(group, count, np.dtype(np.float64))
+    values = np.random.default_rng(3).standard_normal((group.size, count))
+    array_of(buffer)[:] = values[group.rank]
+    stream = PushSum(group, buffer, ug.Dissemination(group.size), meter, collective)
+    for _ in range(50 * (1 + group.rank % 3)):
+        stream.post()
+    stream.finish()
+    mass = np.array([stream.mass])
+    collective.average(mass)
+    before = [edge.mailbox.intact() for edge in stream.edges]
+    stream.average(collective)
+    wrong = float(np.abs(stream.array - values.mean(axis=0)).max())
+    return {"mass": round(float(mass[0]), 9), "right": wrong < 1e-10, "intact": all(before)}
+
+
 def killed(group: ug.Group) -> dict[str, object]:
     """Rank 1 is killed in mid-job; the others fail by their deadline, by name."""
     array = np.zeros(1000, np.float32)
@@ -81,7 +102,7 @@ def killed(group: ug.Group) -> dict[str, object]:
 
 
 JOBS: dict[str, Callable[[ug.Group], dict[str, object]]] = {
-    each.__name__: each for each in (rounds, many, idle, killed)
+    each.__name__: each for each in (rounds, many, idle, push_sum, killed)
 }
 
 

@@ -41,6 +41,11 @@ def test_engine_thread_serves_an_absent_caller(transport: str) -> None:
     assert run("idle", transport, 2) == {"ended": True, "value": 0.5}
 
 
+@pytest.mark.parametrize(("transport", "ranks"), [("tcp", 3), ("shm", 3), ("tcp", 8)])
+def test_push_sum_of_ranks_at_their_own_pace(transport: str, ranks: int) -> None:
+    assert run("push_sum", transport, ranks) == {"mass": 1.0, "right": True, "intact": True}
+
+
 @pytest.mark.parametrize("transport", ["tcp", "shm"])
 def test_killed_rank_is_an_error_within_the_deadline(transport: str) -> None:
     with pytest.raises(BenchError, match="rank 1 of 3 ended on SIGKILL"):
