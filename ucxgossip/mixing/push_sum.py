@@ -12,9 +12,10 @@ This is push-sum written in z, the values that the model computes with, where th
 x = m z: the sender then puts its weights as they are, and the receiver runs the same mix as every
 other mode. The optimizer's step is taken on z; a rank's update so counts by its mass.
 
-Each edge of the schedule has slots of its own (`Channel`), log2 p for `Dissemination`, since a
-slot shared by several senders would make the fast ones wait for the slow. Schedules that
-rotate would need one for every other rank, and are refused.
+Half of the mass goes, whatever weight the schedule gives a round. Each edge of the schedule has
+slots of its own (`Channel`), log2 p for `Dissemination`, since a slot shared by several senders
+would make the fast ones wait for the slow. Schedules that rotate would need one for every other
+rank, and are refused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Streams: the rounds of one flat array, in the four manners that wait differently.
+"""Streams: the rounds of one flat array, in the manners that wait differently.
 
 | stream | mixes | who waits |
 |---|---|---|
@@ -6,6 +6,7 @@
 | `Held` | in the array, when the owner says so | the owner, before its next step |
 | `Stale` | beside the array, added at a later step | the owner, only for what is k steps late |
 | `PushSum` (push_sum.py) | at a step boundary, whatever has come | nobody |
+| `Outer` (outer.py) | slow weights and their change, then the array | as `InPlace` |
 
 All have the same verbs: `begin` once the array holds its first values, `post` after it was
 written, `settle` before the owner writes it, `wait` before anybody reads it, `finish` to end all
