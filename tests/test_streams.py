@@ -1,5 +1,6 @@
 """The streams of `mixing`, without torch: exact means, the mean kept, and each other's equals."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 import ucxgossip as ug
-from ucxgossip import errors
+from ucxgossip import errors, jit
 from ucxgossip.mixing import Collective, Held, InPlace, Meter, Nesterov, Outer, PushSum, Stale
 from ucxgossip.mixing.stream import array_of, registered
 from ucxgossip.schedule import BaseTwo, Dissemination, Hypercube, Rotated, Schedule
@@ -21,6 +22,13 @@ def start(group: ug.Group, values: np.ndarray) -> Any:
     buffer = registered(group, values.shape[1], values.dtype)
     array_of(buffer)[:] = values[group.rank]
     return buffer
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20.0
+    while not condition():
+        jit.yield_cpu()
+        assert time.monotonic() < deadline, "deadline"
 
 
 def dyadic(size: int, dtype: Any = np.float64) -> np.ndarray:
@@ -83,12 +91,13 @@ def test_push_sum_that_skips_nothing_equals_weights(job: Job, size: int, transpo
         weights = InPlace(group, start(group, values), schedule, Meter())
         push_sum = PushSum(group, start(group, values), schedule, meter, Collective(group))
         for step in steps:
+            edge = push_sum.edges[push_sum.position % len(push_sum.edges)]
+            until(lambda: not any(each.busy for each in push_sum.edges) and edge.free)  # noqa: B023
             for stream in (weights, push_sum):
                 stream.array -= step[group.rank]
                 stream.post()
             weights.wait()
             # Wait-free it is; here the test waits for what this step's partner put.
-            edge = push_sum.edges[(push_sum.position - 1) % len(push_sum.edges)]
             if edge.taken < edge.sent:
                 edge.wait_arrived(20.0)
             push_sum.wait()
