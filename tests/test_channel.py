@@ -12,7 +12,7 @@ import ucxgossip as ug
 from ucxgossip import jit
 from ucxgossip.channel import Channel
 from ucxgossip.engine import Tuning
-from ucxgossip.errors import ExchangeTimeoutError
+from ucxgossip.errors import ExchangeError, ExchangeTimeoutError, PeerError, UCXError
 from ucxgossip.mixing.stream import array_of, registered
 
 Job = Callable[..., list[Any]]
@@ -124,6 +124,41 @@ def test_half_a_message_is_no_message(as_ranks: Any, store: Any) -> None:
                 assert channel.arrived
                 signals[:] = 0
             group.agree("over", {})
+
+    for end in as_ranks(2, rank):
+        assert end is None, end
+
+
+def test_failed_put_is_told_and_not_forgotten(as_ranks: Any, store: Any) -> None:
+    def rank(number: int) -> None:
+        from ucxgossip.engine import words as w
+
+        with ug.join(number, 2, store, "shm", 30.0) as group:
+            channel = to_right(group, 80)
+            if number == 0:
+                source = registered(group, 10, np.dtype(np.float64))
+                channel.put(source)
+                channel.wait_sent()
+                row = group.engine.table[channel.mailbox.index]
+                row[w.FAILURE], row[w.STATE] = -3, w.FAILED
+                for look in (lambda: channel.free, channel.wait_sent):
+                    with pytest.raises((UCXError, ExchangeError)):
+                        look()
+
+    for end in as_ranks(2, rank):
+        assert end is None, end
+
+
+def test_waiting_for_a_rank_that_left_ends_with_its_reason(as_ranks: Any, store: Any) -> None:
+    def rank(number: int) -> None:
+        group = ug.join(number, 2, store, "shm", 30.0)
+        channel = to_right(group, 80)
+        if number == 0:
+            group.abort("on purpose")
+        else:
+            with pytest.raises(PeerError, match="on purpose"):
+                channel.wait_arrived(DEADLINE_S)
+        group.close()
 
     for end in as_ranks(2, rank):
         assert end is None, end

@@ -21,8 +21,8 @@ from ucxgossip.schedule import (
 )
 from ucxgossip.torch_hook.bucket import check_device, partition
 from ucxgossip.torch_hook.gossip import MARK, Gossip
-from ucxgossip.torch_hook.gradients import Scaler
 from ucxgossip.torch_hook.noise import check_noise_correction
+from ucxgossip.torch_hook.scaler import Scaler
 from ucxgossip.torch_hook.state import check_optimizer_state
 
 BUCKET_BYTES = 1 << 22

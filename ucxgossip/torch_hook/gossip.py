@@ -8,8 +8,7 @@ are put and averaged under the next forward, where each module waits for its own
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -23,8 +22,9 @@ from ucxgossip.schedule import Schedule
 from ucxgossip.torch_hook.bucket import Bucket
 from ucxgossip.torch_hook.exchange import Exchange
 from ucxgossip.torch_hook.forward import Forward, Hook
-from ucxgossip.torch_hook.gradients import Gradients, Scaler
+from ucxgossip.torch_hook.gradients import Gradients
 from ucxgossip.torch_hook.noise import NoiseCorrection
+from ucxgossip.torch_hook.scaler import Scaler, Watch
 from ucxgossip.torch_hook.shuffle import Shuffled
 
 MARK = "_ucxgossip"
@@ -90,9 +90,7 @@ class Gossip:
         self._original_zero_grad = self.optimizer.zero_grad
         self.optimizer.zero_grad = self._zero_grad  # type: ignore[method-assign]
         if self._scaler is not None:
-            self._own_scaler_step = vars(self._scaler).get("step")
-            self._our_scaler_step = functools.partial(self._scaler_step, self._scaler.step)
-            self._scaler.step = self._our_scaler_step  # type: ignore[method-assign]
+            keep(Watch(self._scaler, self.optimizer, self._after_scaler))
         if self.modes.in_place:
             self._handles += self._forward.install()
             for register in (
@@ -115,15 +113,10 @@ class Gossip:
         """Whether the `step`-th step (from 1 on) has a round."""
         return step % self.modes.local_steps == 0
 
-    def _scaler_step(
-        self, original: Callable[..., Any], optimizer: torch.optim.Optimizer, *args: Any, **kw: Any
-    ) -> Any:
-        """``GradScaler.step``; where it skips ours, this rank takes part in the step's rounds."""
-        result = original(optimizer, *args, **kw)
-        ours = optimizer is self.optimizer and not self._detached
-        if ours and self._gradients.went_backward:
+    def _after_scaler(self) -> None:
+        """``GradScaler.step`` has ended; gradients that wait for a step still were skipped."""
+        if self._gradients.went_backward:
             self.skip_step()
-        return result
 
     def _before_step(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._check_attached()
@@ -344,10 +337,6 @@ class Gossip:
         del self.optimizer.zero_grad
         if self._own_zero_grad is not None:
             self.optimizer.zero_grad = self._own_zero_grad  # type: ignore[method-assign]
-        if self._scaler is not None and vars(self._scaler).get("step") is self._our_scaler_step:
-            del self._scaler.step
-            if self._own_scaler_step is not None:
-                self._scaler.step = self._own_scaler_step  # type: ignore[method-assign]
         delattr(self.optimizer, MARK)
         for bucket in self._buckets:
             for parameter in bucket.parameters:

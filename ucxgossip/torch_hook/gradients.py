@@ -9,26 +9,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from ucxgossip.errors import AccumulationError, ExchangeError, SparseGradientError
 from ucxgossip.torch_hook.bucket import Bucket
 from ucxgossip.torch_hook.noise import NoiseCorrection
-
-
-class Scaler(Protocol):
-    """What is used of ``torch.amp.GradScaler``."""
-
-    def is_enabled(self) -> bool:
-        """Whether gradients are scaled at all."""
-
-    def get_scale(self) -> float:
-        """The factor on this rank's gradients."""
-
-    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        """Step the optimizer, unless a gradient is infinite."""
+from ucxgossip.torch_hook.scaler import Scaler
 
 
 class Gradients:
