@@ -27,7 +27,7 @@ BASES: dict[str, tuple[str, str]] = {
 
 OPTIONS = {
     "state": "the optimizer's state is mixed as the weights are",
-    "staleN": "weights put in one step are mixed N steps later, as a difference",
+    "staleN": "what is put in one step is mixed up to N later (simulated: weights only, exactly N)",
     "globalH": "the exact mean of all as well, in every H-th step",
     "localK": "rounds in every K-th step only",
     "noise": "Adam's second moment without the noise that an all-reduce would average away",

@@ -7,7 +7,8 @@ nothing, has E[d**2] = s**2 / 2, so that the mean of v - (1 - 2 / p) n, with n t
 d**2, is all-reduce's. Where two ranks average with weight a the share is
 2 ((1 - a)**2 + a**2 - 1 / p), which is 1 - 2 / p for a = 1/2.
 
-One pass before the optimizer's step and one after it. Rejected: one factor for the rate from the
+The correction is one pass before the optimizer's step and one after it; measuring d takes more.
+Rejected: one factor for the rate from the
 sums of v and n (no memory, but half of the effect); writing the corrected moment into v for good
 (what the floor cuts off would add up).
 """

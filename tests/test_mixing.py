@@ -34,6 +34,7 @@ def test_known_modes(mix: str, combine: str) -> None:
         ({"mix": "push_sum", "combine": "awc"}, "waits for nobody already"),
         ({"mix": "push_sum", "staleness": 1}, "waits for nobody already"),
         ({"mix": "push_sum", "optimizer_state": True}, "moves weights only"),
+        ({"mix": "push_sum", "buffers": True}, "moves weights only"),
         ({"staleness": 1, "combine": "awc"}, "leave combine='atc'"),
         ({"mix": "gradients", "optimizer_state": True}, "travels with the weights"),
         ({"outer": Nesterov(), "combine": "awc"}, "outer needs"),

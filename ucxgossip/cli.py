@@ -143,10 +143,12 @@ def _train(benches: Any) -> None:
         "method's own, in the same processes.",
         epilog="Methods: local; allreduce (DDP over gloo); gossip-both-atc, gossip-both-awc, "
         "gossip-weights-atc, gossip-weights-awc, gossip-gradients, gossip-push_sum, and "
-        "gossip-deferred (the authors' rule). Options after +: state (optimizer's state too), "
-        "staleN (mixed N steps late), localK (rounds every K-th step), globalH (exact mean every "
-        "H-th step), dropF (lost puts), shiftN. Example: gossip-both-atc+state. A constant rate "
-        "shows disagreement that a cosine decay hides.",
+        "gossip-deferred (the authors' rule; with --simulate only). Options after +: state "
+        "(optimizer's state too), noise (Adam's second moment corrected), staleN (mixed up to N "
+        "steps late), localK (rounds every K-th step), globalH (exact mean every H-th step); with "
+        "--simulate also shuffle (samples round the ring), dropF (lost puts), shiftN (weights N "
+        "rounds ahead of gradients). Example: gossip-both-atc+state. A constant rate shows "
+        "disagreement that a cosine decay hides.",
     )
     _common(train, _bench_train)
     train.add_argument("--model", default="lenet", help="lenet, convnet or gpt (default: lenet)")
@@ -172,7 +174,7 @@ def _train(benches: Any) -> None:
     train.add_argument(
         "--decay", default="constant", help="constant or cosine, of the rate (default: constant)"
     )
-    train.add_argument("--steps", type=int, help="steps of each run (default: 400)")
+    train.add_argument("--steps", type=int, help="steps of each run (default: 1000; gpt: 400)")
     train.add_argument("--batch", type=int, help="samples a rank and step (default: 16; gpt: 8)")
     train.add_argument("--seeds", type=int, default=5, help="runs of each method (default: 5)")
     train.add_argument(

@@ -1,7 +1,8 @@
 """What is mixed and when: the choices of `attach`, checked together before anything is made.
 
 Averaging gradients alone does not train (the replicas drift apart); averaging the new weights
-does; averaging both is what skewed data and Adam need. So ``mix`` names the payloads, and
+does; averaging both is the default, and docs/training.md says what skewed data and Adam want
+beside it. So ``mix`` names the payloads, and
 ``combine`` when the weights are averaged: ``"atc"``, adapt then combine, ``avg(w - u)``;
 ``"awc"``, adapt while communicating, ``avg(w) - u``, whose exchange hides under the whole step.
 The rule of GossipGraD's authors, ``(w_i(t+1) + w_j(t)) / 2``, is ``"awc"`` at half the learning
@@ -31,7 +32,7 @@ COMBINES = ("atc", "awc")
 class Nesterov:
     """An outer optimizer: Nesterov momentum on what `local_steps` steps changed.
 
-    With slow weights f, weights w and means over the pair of partners:
+    With slow weights f, weights w and means over this rank and the one it receives from:
     ``d = mean(w - f); v = momentum * v + d; f = mean(f) + rate * (d + momentum * v); w = f``.
     DiLoCo's outer step (Douillard et al., arXiv 2311.08105) for pairs, as NoLoCo (Kolehmainen et
     al., arXiv 2506.10911) has it, which lets the difference of the slow weights enter the
@@ -94,8 +95,8 @@ class Modes:
                 "mix='push_sum' waits for nobody already; leave combine and staleness alone",
             ),
             (
-                push_sum and self.optimizer_state,
-                "mix='push_sum' moves weights only; leave optimizer_state=False",
+                push_sum and (self.optimizer_state or self.buffers),
+                "mix='push_sum' moves weights only; leave optimizer_state and buffers False",
             ),
             (
                 self.staleness > 0 and self.combine == "awc",

@@ -195,8 +195,9 @@ class Stale:
     round is a permutation, what one rank gains another loses, and the mean over ranks stays, at
     whatever step each rank adds it. The schedule's weight is divided by k: with the full 1/2, k
     corrections under way would pull further than the distance, and any lateness of two steps or
-    more diverges on a schedule without rotation (a mode at angle a of a permutation grows by
-    ``1 - w a**2 + (2 k - 1) w**2 a**2`` a step, so that w must be below 1 / (2 k - 1)).
+    more diverges on a schedule without rotation (the square of a mode at a small angle a of a
+    permutation grows by ``1 - w a**2 + (2 k - 1) w**2 a**2`` a step, so that w must be below
+    1 / (2 k - 1)).
 
     before: add what has come in before the snapshot is taken (weights), or after and until
     `settle` (gradients, whose old corrections must not travel on).

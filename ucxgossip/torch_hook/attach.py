@@ -68,7 +68,8 @@ def attach(
 
     The model starts from rank 0's weights and buffers. Everything is checked, and agreed on by
     all ranks, before anything changes: `ModelError`, `ArrayError`, `AlreadyAttachedError`,
-    `SparseGradientError`, `ScheduleError`, `ArgumentError`, `MismatchError`.
+    `SparseGradientError`, `ScheduleError`, `ArgumentError`, `MismatchError`. An optimizer that
+    proves to keep no state where optimizer_state=True is a `ModelError` of its first step.
     """
     modes = Modes(
         mix,

@@ -169,9 +169,9 @@ class Gossip:
     def wait(self) -> None:
         """Block until every weight round under way has ended; the parameters are whole then.
 
-        Called by the hooks before a forward, a step and a ``state_dict()``; call it before reading
-        parameters by other ways (``model.parameters()``, a metric on weights). Under ``"awc"`` and
-        with staleness there is nothing to wait for: the weights change in the step only, and may
+        The hooks do so before a forward and a ``state_dict()``; call it before reading parameters
+        by other ways (``model.parameters()``, a metric on weights). Under push-sum it takes in what
+        has come, and waits for nobody. Under ``"awc"`` and with staleness there is nothing to wait for: the weights change in the step only, and may
         not be written by others between steps.
         """
         self._check_attached()
@@ -220,6 +220,8 @@ class Gossip:
         """Replace the weights and the float buffers by their mean over all ranks. Collective.
 
         For an evaluation or a checkpoint of one common model; equal on all ranks to rounding.
+        Frozen parameters and the optimizer's state stay as they are. Under push-sum the mean is
+        weighted by mass.
         """
         self._check_attached()
         self._exchange.average_weights()
@@ -233,7 +235,7 @@ class Gossip:
         payload put; waits: how often the training thread blocked, wait_s: for how many seconds;
         exchange_s: seconds from post to end, over all rounds; hidden: the part of that under
         compute, 0 to 1; distance: squared distance to the partner's weights (its gradients, with
-        ``mix="gradients"``) in the last round, measured while mixing, and disagreement its root;
+        ``mix="gradients"``; its slow weights, with outer) in the last round, measured while mixing, and disagreement its root;
         skipped: rounds that push-sum left out; staleness: by rank received from, how many own
         steps late its values were mixed on average; mass: mean push-sum mass, 1 elsewhere.
         """
@@ -310,7 +312,7 @@ class Gossip:
             raise ClosedError("this model was detached")
 
     def detach(self) -> None:
-        """Finish the rounds under way and leave the model as it was found. Collective.
+        """Finish the rounds under way and give the model back without hooks. Collective.
 
         Parameters keep their values, in memory of their own; hooks are gone; the optimizer's
         ``zero_grad`` is its own again. After a failure of the group no round is waited for.

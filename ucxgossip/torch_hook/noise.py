@@ -27,7 +27,7 @@ NOISE = "exp_avg_noise"
 
 def check_noise_correction(modes: Modes, optimizer: torch.optim.Optimizer) -> None:
     """`ArgumentError` or `ModelError` where there is nothing that could be corrected."""
-    if not modes.gradients_travel or modes.staleness or modes.local_steps != 1:
+    if modes.mix != "both" or modes.staleness or modes.local_steps != 1:
         raise ArgumentError(
             "noise_correction measures what the gradients of partners differ by in each step; it "
             "needs mix='both', staleness=0 and local_steps=1"

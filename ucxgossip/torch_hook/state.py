@@ -4,7 +4,7 @@ The optimizer makes its state in its first step, so that is when it is moved int
 memory: every float tensor of the state that has its parameter's shape (momentum; Adam's m and v,
 together, since one without the other does not fit it). Buffers (the statistics of batch norm) are
 written by every forward and may be replaced, so they are copied out and in; their rounds end one
-step late and nobody waits for them.
+step late, and a rank waits only for what is later than that.
 """
 
 from __future__ import annotations
