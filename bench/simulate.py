@@ -3,7 +3,8 @@
 Gradients of all replicas come from one ``vmap`` (three to four times a loop's speed on digits);
 torch's own optimizers step the whole array, since what they do is elementwise; and the rows are
 mixed, rank by rank, by the schedule and the kernel that the ranks of a real job run. So a method
-can be judged over seeds and ranks in seconds, and a real job is to give the same weights (with ``both`` and staleness only the weights are late here).
+can be judged over seeds and ranks in seconds, and a real job is to give the same weights (with
+``both`` and staleness only the weights are late here).
 """
 
 from __future__ import annotations

@@ -171,8 +171,8 @@ class Gossip:
 
         The hooks do so before a forward and a ``state_dict()``; call it before reading parameters
         by other ways (``model.parameters()``, a metric on weights). Under push-sum it takes in what
-        has come, and waits for nobody. Under ``"awc"`` and with staleness there is nothing to wait for: the weights change in the step only, and may
-        not be written by others between steps.
+        has come, and waits for nobody. Under ``"awc"`` and with staleness there is nothing to wait
+        for: the weights change in the step only, and may not be written by others between steps.
         """
         self._check_attached()
         self._exchange.wait()
@@ -235,9 +235,10 @@ class Gossip:
         payload put; waits: how often the training thread blocked, wait_s: for how many seconds;
         exchange_s: seconds from post to end, over all rounds; hidden: the part of that under
         compute, 0 to 1; distance: squared distance to the partner's weights (its gradients, with
-        ``mix="gradients"``; its slow weights, with outer) in the last round, measured while mixing, and disagreement its root;
-        skipped: rounds that push-sum left out; staleness: by rank received from, how many own
-        steps late its values were mixed on average; mass: mean push-sum mass, 1 elsewhere.
+        ``mix="gradients"``; its slow weights, with outer) in the last round, measured while mixing,
+        and disagreement its root; skipped: rounds that push-sum left out; staleness: by rank
+        received from, how many own steps late its values were mixed on average; mass: mean push-sum
+        mass, 1 elsewhere.
         """
         return {"steps": self._steps, **self._exchange.stats()}
 

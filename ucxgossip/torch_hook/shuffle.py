@@ -8,8 +8,9 @@ shuffle is elsewhere in each of p epochs. Each step is a permutation of the rank
 what all ranks yield is exactly what all loaders gave, once each.
 
 Batch b + 1 is loaded and posted before batch b is yielded, and travels under its forward and
-backward. There are two payloads to send from, so that one can be filled while the other still leaves;
-credits go out as a rank posts, a step before the batch is wanted, so the mailbox has one slot.
+backward. There are two payloads to send from, so that one can be filled while the other still
+leaves; credits go out as a rank posts, a step before the batch is wanted, so the mailbox has one
+slot.
 
 Ranks stay in lockstep whatever their loaders hold: a rank that has run out sends "no batch", and
 one that gets none calls `idle`. How many steps an epoch has is agreed at its start from len() of
