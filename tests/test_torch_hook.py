@@ -18,18 +18,6 @@ TIMEOUT = 30.0
 F = nn.functional
 
 
-@pytest.fixture
-def job(as_ranks: Ranks, store: Any) -> Callable[..., list[Any]]:
-    def run(size: int, body: Callable[[ug.Group], Any], transport: str = "shm") -> list[Any]:
-        def rank(number: int) -> Any:
-            with ug.join(number, size, store, transport, TIMEOUT) as group:
-                return body(group)
-
-        return as_ranks(size, rank)
-
-    return run
-
-
 def check(results: list[Any]) -> list[Any]:
     for result in results:
         if isinstance(result, BaseException):
@@ -134,7 +122,7 @@ def test_training_equals_the_reference(
         return weights
 
     expected = reference(size, steps, optimizer, mix, combine)
-    for rank, weights in enumerate(check(job(size, body, transport))):
+    for rank, weights in enumerate(job(size, body, transport)):
         np.testing.assert_allclose(weights, expected[rank], rtol=1e-12, atol=1e-13)
 
 
@@ -176,7 +164,7 @@ def test_everything_starts_from_rank_0(job: Callable[..., list[Any]]) -> None:
             for name, value in model.state_dict().items():
                 assert torch.equal(value, expected[name]), name
 
-    check(job(3, body))
+    job(3, body)
 
 
 def test_unused_frozen_and_tied(job: Callable[..., list[Any]]) -> None:
@@ -206,7 +194,7 @@ def test_unused_frozen_and_tied(job: Callable[..., list[Any]]) -> None:
         assert model.head.weight is model.embed.weight
         return seen
 
-    left, right = check(job(2, body))
+    left, right = job(2, body)
     assert left["sometimes"].abs().sum() > 0
     torch.testing.assert_close(left["sometimes"], right["sometimes"])
 
@@ -257,7 +245,7 @@ def test_gradients_from_elsewhere_are_taken_in(job: Callable[..., list[Any]]) ->
                 gradients.append(torch.cat([p.grad.reshape(-1) for p in model.parameters()]))
         return gradients
 
-    for gradients in check(job(2, body)):
+    for gradients in job(2, body):
         assert torch.equal(gradients[0], gradients[1])
         assert torch.equal(gradients[0], gradients[2])
 
@@ -279,7 +267,7 @@ def test_accumulation_under_no_sync(job: Callable[..., list[Any]]) -> None:
         for step in range(2):
             F.cross_entropy(model(batch(rank, step)[0]), batch(rank, step)[1]).backward()
         total = total + torch.cat([p.grad.reshape(-1) for p in model.parameters()]).numpy() / 2
-    for gradients in check(job(2, body)):
+    for gradients in job(2, body):
         np.testing.assert_allclose(gradients, total, rtol=1e-12)
 
 
@@ -302,7 +290,7 @@ def test_modules_used_without_a_call_are_waited_for(job: Callable[..., list[Any]
                     assert id(attention.out_proj.weight) in names
                     assert id(attention.in_proj_weight) in names
 
-    check(job(2, body))
+    job(2, body)
 
 
 def test_state_dict_and_eval_see_whole_rounds(job: Callable[..., list[Any]]) -> None:
@@ -318,7 +306,7 @@ def test_state_dict_and_eval_see_whole_rounds(job: Callable[..., list[Any]]) -> 
                 boxes = [bucket.weights_stream.mailbox for bucket in gossip._buckets]
                 assert not any(group.engine.active(box) for box in boxes if box)
 
-    check(job(3, body))
+    job(3, body)
 
 
 def test_synchronize_makes_one_model(job: Callable[..., list[Any]]) -> None:
@@ -334,7 +322,7 @@ def test_synchronize_makes_one_model(job: Callable[..., list[Any]]) -> None:
             gossip.synchronize()
             return before, gossip.consensus_distance(), flat(model)
 
-    results = check(job(3, body))
+    results = job(3, body)
     for before, after, weights in results:
         assert before == results[0][0] > 1e-4
         assert after < 1e-15
@@ -380,7 +368,7 @@ def test_detach_leaves_the_model_as_found(job: Callable[..., list[Any]]) -> None
         again = ug.attach(model, optimizer, group)
         again.detach()
 
-    check(job(2, body))
+    job(2, body)
 
 
 def test_model_survives_an_error_and_a_group_closed_under_it(job: Callable[..., list[Any]]) -> None:
@@ -395,7 +383,7 @@ def test_model_survives_an_error_and_a_group_closed_under_it(job: Callable[..., 
             optimizer.step()
             raise ZeroDivisionError("on purpose")
 
-    for result in job(2, body):
+    for result in job(2, body, raw=True):
         assert isinstance(result, ZeroDivisionError | errors.PeerError), result
     for model in kept.values():
         assert np.isfinite(flat(model)).all()
@@ -536,7 +524,7 @@ def test_mismatch_is_one_message_and_changes_nothing(
             assert places == [p.data_ptr() for p in model.parameters()]
             assert hooks_of(model) == 0
 
-    results = job(3, body)
+    results = job(3, body, raw=True)
     assert all(isinstance(result, errors.MismatchError) for result in results), results
     assert len(set(map(str, results))) == 1
     assert "rank 2" in str(results[0])
@@ -554,7 +542,7 @@ def test_second_backward_without_no_sync_exchanges_again(job: Callable[..., list
             loss.backward()
             assert gossip.stats()["rounds"] == 2 * once > 0
 
-    check(job(2, body))
+    job(2, body)
 
 
 def test_submodules_called_by_themselves_are_waited_for(job: Callable[..., list[Any]]) -> None:
@@ -573,7 +561,7 @@ def test_submodules_called_by_themselves_are_waited_for(job: Callable[..., list[
                 F.cross_entropy(model[2](torch.tanh(h)), y).backward()
                 optimizer.step()
 
-    check(job(2, body))
+    job(2, body)
 
 
 def test_copy_of_an_attached_model_is_a_plain_model(store: Any) -> None:

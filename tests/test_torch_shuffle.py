@@ -31,29 +31,6 @@ def transport(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture
-def job(as_ranks: Ranks, store: Any) -> Job:
-    def run(
-        size: int, body: Callable[[ug.Group], Any], transport: str = "shm", timeout: float = TIMEOUT
-    ) -> list[Any]:
-        fresh = type(store)()  # a test may run jobs of several sizes
-
-        def rank(number: int) -> Any:
-            with ug.join(number, size, fresh, transport, timeout) as group:
-                return body(group)
-
-        return as_ranks(size, rank)
-
-    return run
-
-
-def check(results: list[Any]) -> list[Any]:
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
-
-
 class Stream:
     """A loader without len()."""
 
@@ -137,7 +114,7 @@ def epochs_of(job: Job, shards: list[list[Any]], epochs: int, **how: Any) -> lis
             assert intact(group)
         return seen
 
-    return [list(each) for each in zip(*check(job(len(shards), body, **how)), strict=True)]
+    return [list(each) for each in zip(*job(len(shards), body, **how), strict=True)]
 
 
 def assert_nothing_lost(seen: list[list[Any]], shards: list[list[Any]]) -> None:
@@ -194,7 +171,7 @@ def test_any_lengths_and_sizes(job: Job, sizes: list[list[int]], unsized: bool) 
 
     longest = max(len(each) for each in shards)
     steps = -(-longest // WINDOW) * WINDOW if unsized else longest
-    results = check(job(len(shards), body))
+    results = job(len(shards), body)
     for epoch in range(2):
         assert_nothing_lost([seen[epoch] for seen in results], shards)
         for rank, seen in enumerate(results):
@@ -219,7 +196,7 @@ def test_samples_that_come_in_a_later_epoch(job: Job) -> None:
         batches.extend(shards[group.rank])
         return [*seen, watch(shuffled, events)]
 
-    for rank, seen in enumerate(check(job(2, body))):
+    for rank, seen in enumerate(job(2, body)):
         assert seen == [[], expected(rank, 1, shards, 3)]
 
 
@@ -240,7 +217,7 @@ def test_loaders_without_len(job: Job, counts: tuple[int, ...], steps: int, unsi
             len(shuffled)
         return seen
 
-    for rank, seen in enumerate(check(job(len(counts), body))):
+    for rank, seen in enumerate(job(len(counts), body)):
         assert seen == [expected(rank, epoch, shards, steps) for epoch in range(2)]
 
 
@@ -251,7 +228,7 @@ def test_fewer_batches_than_len_said(job: Job) -> None:
         shuffled, events = watched(group, Sized(shards[group.rank], 5))
         return watch(shuffled, events)
 
-    for rank, seen in enumerate(check(job(2, body))):
+    for rank, seen in enumerate(job(2, body)):
         assert seen == expected(rank, 0, shards, 5)
 
 
@@ -261,7 +238,7 @@ def test_more_batches_than_len_said(job: Job, lengths: tuple[int, int]) -> None:
         shuffled, events = watched(group, Sized(shard(group.rank, full(6)), lengths[group.rank]))
         watch(shuffled, events)
 
-    liar, other = job(2, body)
+    liar, other = job(2, body, raw=True)
     assert isinstance(liar, errors.ArgumentError)
     assert "len(loader) is 3, but the loader gives more" in str(liar)
     assert isinstance(other, errors.PeerError | errors.ArgumentError)
@@ -280,7 +257,7 @@ def test_len_is_what_comes_in(job: Job) -> None:
             seen = watch(shuffled, events)
             assert told == len(seen) - seen.count(IDLE)
 
-    check(job(3, body))
+    job(3, body)
 
 
 # --- what travels --------------------------------------------------------------------------------
@@ -323,7 +300,7 @@ def test_any_nesting_and_dtype(job: Job, transport: str) -> None:
                     assert_same(next(came), batches[step])
             assert next(came, None) is None
 
-    check(job(3, body, transport))
+    job(3, body, transport)
 
 
 def test_a_bare_tensor_is_a_batch(job: Job) -> None:
@@ -331,7 +308,7 @@ def test_a_bare_tensor_is_a_batch(job: Job) -> None:
         batches = [torch.full((2,), 10 * group.rank + step) for step in range(2)]
         return [batch.tolist() for batch in Shuffled(group, batches, lambda: None)]
 
-    assert check(job(2, body)) == [[[0, 0], [11, 11]], [[10, 10], [1, 1]]]
+    assert job(2, body) == [[[0, 0], [11, 11]], [[10, 10], [1, 1]]]
 
 
 def test_batches_larger_than_a_chunk_are_whole(job: Job, transport: str) -> None:
@@ -358,7 +335,7 @@ def test_what_the_user_keeps_is_not_overwritten(job: Job) -> None:
         places = [tensor.data_ptr() for batch in kept[:6] for tensor in batch]
         assert len(set(places)) == len(places)
 
-    check(job(3, body))
+    job(3, body)
 
 
 def test_a_batch_may_be_changed_by_its_user(job: Job) -> None:
@@ -377,7 +354,7 @@ def test_a_batch_may_be_changed_by_its_user(job: Job) -> None:
         shuffled.loader = fresh()
         return watch(shuffled, events)
 
-    assert check(job(2, body)) == before
+    assert job(2, body) == before
 
 
 def test_the_next_batch_is_under_way_before_this_one_is_yielded(job: Job) -> None:
@@ -400,7 +377,7 @@ def test_the_next_batch_is_under_way_before_this_one_is_yielded(job: Job) -> Non
             assert shuffled._ring.mailbox.round == sum(1 for b in range(ready) if b % size)
         assert step == steps - 1
 
-    check(job(size, body))
+    job(size, body)
 
 
 def test_what_is_sent_is_not_overwritten_by_the_next(
@@ -429,7 +406,7 @@ def test_what_is_sent_is_not_overwritten_by_the_next(
         shuffled, events = watched(group, Late(batches, 4) if group.rank else batches)
         return watch(shuffled, events)
 
-    for rank, seen in enumerate(check(job(3, body))):
+    for rank, seen in enumerate(job(3, body)):
         assert seen == expected(rank, 0, shards, 4)
 
 
@@ -453,8 +430,8 @@ def test_training_under_attach(job: Job) -> None:
             gossip.wait()
             return model.weight.detach().clone()
 
-    ours = check(job(size, lambda group: train(group, True)))
-    theirs = check(job(size, lambda group: train(group, False)))
+    ours = job(size, lambda group: train(group, True))
+    theirs = job(size, lambda group: train(group, False))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert not torch.equal(ours[0], torch.full((1, 5), 0.5, dtype=torch.float64))
 
@@ -470,12 +447,12 @@ def test_room_for_the_largest_first_batch_and_for_batch_size(job: Job) -> None:
         loader.batch_size = batch_size if group.rank == 0 else None
         return [len(y) for _, y in Shuffled(group, loader, lambda: None)]
 
-    assert check(job(2, lambda group: body(group, 6))) == [[1, 6, 2], [4, 6, 1]]
-    for error in job(2, lambda group: body(group, None)):
+    assert job(2, lambda group: body(group, 6)) == [[1, 6, 2], [4, 6, 1]]
+    for error in job(2, lambda group: body(group, None), raw=True):
         assert isinstance(error, errors.ArrayError | errors.PeerError)
     few = [[1, 4, 2], [4, 1, 1]]
     sizes[:] = few
-    assert check(job(2, lambda group: body(group, None))) == [[1, 1, 2], [4, 4, 1]]
+    assert job(2, lambda group: body(group, None)) == [[1, 1, 2], [4, 4, 1]]
 
 
 # --- leaving early -------------------------------------------------------------------------------
@@ -501,7 +478,7 @@ def test_break_and_then_a_whole_epoch(job: Job, transport: str, after: int, unsi
         assert watch(shuffled, events) == expected(group.rank, 1, shards, steps)
         assert intact(group)
 
-    check(job(3, body, transport))
+    job(3, body, transport)
 
 
 def test_an_exception_in_the_loop_and_then_a_whole_epoch(job: Job) -> None:
@@ -514,7 +491,7 @@ def test_an_exception_in_the_loop_and_then_a_whole_epoch(job: Job) -> None:
                 raise KeyError
         return watch(shuffled, events)
 
-    assert check(job(2, body)) == [expected(rank, 1, shards, 4) for rank in range(2)]
+    assert job(2, body) == [expected(rank, 1, shards, 4) for rank in range(2)]
 
 
 def test_an_iterator_that_is_kept(job: Job) -> None:
@@ -532,7 +509,7 @@ def test_an_iterator_that_is_kept(job: Job) -> None:
         assert not group.engine.active(shuffled._ring.mailbox)  # type: ignore[union-attr]
         return watch(shuffled, events)
 
-    assert check(job(2, body)) == [expected(rank, 7, shards, 4) for rank in range(2)]
+    assert job(2, body) == [expected(rank, 7, shards, 4) for rank in range(2)]
 
 
 def test_an_iterator_that_outlives_its_group(job: Job) -> None:
@@ -545,7 +522,7 @@ def test_an_iterator_that_outlives_its_group(job: Job) -> None:
         assert shuffled._ring is not None and shuffled._ring.under_way
         group.wait(shuffled._ring.mailbox)  # behind its back: nothing may move in a closed group
 
-    check(job(2, body))
+    job(2, body)
     kept.clear()
     gc.collect()  # an error in a finalizer would fail this test
 
@@ -561,7 +538,7 @@ def test_an_exception_of_the_loader(job: Job) -> None:
         shuffled, events = watched(group, batches if group.rank else Broken(batches, 4))
         watch(shuffled, events)
 
-    broken, other = job(2, body)
+    broken, other = job(2, body, raw=True)
     assert isinstance(broken, LookupError) and str(broken) == "no such sample"
     assert isinstance(other, errors.PeerError) and "no such sample" in str(other)
 
@@ -574,7 +551,7 @@ def test_a_rank_that_goes_on_alone_is_told(job: Job) -> None:
                 return
         watch(shuffled, events)
 
-    _, other = job(2, body, timeout=2.0)
+    _, other = job(2, body, timeout=2.0, raw=True)
     assert isinstance(other, errors.ExchangeTimeoutError) and "rank 0" in str(other)
 
 
@@ -599,7 +576,7 @@ def test_epoch_is_resumed(job: Job) -> None:
         resumed.epoch = 4
         assert watch(resumed, events) == expected(group.rank, 4, shards, 5)
 
-    check(job(3, body))
+    job(3, body)
 
 
 def test_an_epoch_set_in_the_loop_stays(job: Job) -> None:
@@ -609,7 +586,7 @@ def test_an_epoch_set_in_the_loop_stays(job: Job) -> None:
             shuffled.epoch = 30
         assert shuffled.epoch == 30
 
-    check(job(2, body))
+    job(2, body)
 
 
 @pytest.mark.parametrize("epoch", [-1, True, 1.0, "1", None])
@@ -628,7 +605,7 @@ def test_ranks_in_different_epochs(job: Job) -> None:
         shuffled.epoch = 5 + (group.rank == 2)
         list(shuffled)
 
-    messages = {str(error) for error in job(3, body)}
+    messages = {str(error) for error in job(3, body, raw=True)}
     assert messages == {"shuffled: epoch: rank 0 has 5, rank 2 has 6"}
 
 
@@ -670,7 +647,7 @@ def test_batches_that_cannot_travel(job: Job, batch: Any, message: str) -> None:
         with pytest.raises(errors.ArrayError, match=message):
             list(Shuffled(group, [batch], lambda: None))
 
-    check(job(2, body))
+    job(2, body)
 
 
 FIRST = {"x": torch.ones(4, 3), "y": torch.tensor(1)}
@@ -700,14 +677,14 @@ def test_later_batches_that_differ(job: Job, later: Any, message: str, where: in
         assert shuffled._ring.mailbox.round == where // 2  # nothing of it was posted
         assert intact(group)
 
-    check(job(2, body))
+    job(2, body)
 
 
 def test_one_rank_with_a_bad_batch_ends_the_others(job: Job) -> None:
     def body(group: ug.Group) -> None:
         list(Shuffled(group, [FIRST, {} if group.rank == 1 else FIRST], lambda: None))
 
-    ends = job(3, body)
+    ends = job(3, body, raw=True)
     kinds = [errors.PeerError, errors.ArrayError, errors.PeerError]
     assert [type(end) for end in ends] == kinds, ends
 
@@ -732,7 +709,7 @@ def test_ranks_with_different_batches(job: Job, other: Any, message: str) -> Non
     def body(group: ug.Group) -> None:
         list(Shuffled(group, loaders[group.rank], lambda: None))
 
-    ends = job(3, body)
+    ends = job(3, body, raw=True)
     assert all(isinstance(end, errors.MismatchError) for end in ends)
     assert len({str(end) for end in ends}) == 1
     assert f"shuffled: {message}" in str(ends[0])
@@ -777,7 +754,7 @@ def test_a_data_loader_with_a_worker_process(job: Job) -> None:
         shuffled, events = watched(group, loader)
         return watch(shuffled, events)
 
-    seen = check(job(2, body))
+    seen = job(2, body)
     assert [len(batch) for batch in seen[0] if batch != IDLE] == [3, 1, 1]
     assert_nothing_lost(seen, [[each] for each in data])
 
@@ -793,7 +770,7 @@ def test_a_data_loader_that_draws_its_samples(job: Job) -> None:
         shuffled, events = watched(group, loader)
         return [watch(shuffled, events) for _ in range(2)]
 
-    results = check(job(2, body))
+    results = job(2, body)
     for epoch in range(2):
         assert_nothing_lost([seen[epoch] for seen in results], [[each] for each in data])
     assert results[0][0] != results[0][1]
