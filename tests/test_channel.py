@@ -12,11 +12,12 @@ import ucxgossip as ug
 from ucxgossip import jit
 from ucxgossip.channel import Channel
 from ucxgossip.engine import Tuning
-from ucxgossip.errors import ExchangeError, ExchangeTimeoutError, PeerError, UCXError
+from ucxgossip.errors import ArgumentError, ExchangeError, ExchangeTimeoutError, PeerError, UCXError
 from ucxgossip.mixing.stream import array_of, registered
 
 Job = Callable[..., list[Any]]
 DEADLINE_S = 20.0
+FLOAT = np.dtype(np.float64)
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -97,6 +98,8 @@ def test_what_has_not_come_is_not_there(job: Job) -> None:
         channel = to_right(group, 64)
         assert not channel.arrived
         group.agree("looked", {})
+        with pytest.raises(ArgumentError, match="puts nothing" if group.rank else "nobody puts"):
+            channel.put(registered(group, 8, FLOAT)) if group.rank else channel.release()
         if group.rank:
             with pytest.raises(ExchangeTimeoutError, match="for rank 0 to put message 0"):
                 channel.wait_arrived(0.05)

@@ -1081,3 +1081,43 @@ def test_detach_and_attach_again_leaves_no_hook(job: Job) -> None:
             assert not np.array_equal(before, flat(model))
 
     job(2, body)
+
+
+def test_local_backward_that_broke_is_forgotten(store: Any) -> None:
+    """In a step without a round an exception in backward leaves nobody out of step."""
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+            raise ZeroDivisionError("on purpose")
+
+    model = nn.ModuleDict({"used": small_model(), "idle": nn.Linear(2, 2).double()})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
+    before = model["idle"].weight.detach().clone()
+    with ug.join(0, 1, store) as group, ug.attach(model, optimizer, group, local_steps=2):
+        x, y = batch(0, 0)
+        used = model["used"]
+        with pytest.raises(ZeroDivisionError):
+            F.cross_entropy(used[2](Fails.apply(used[0](x))), y).backward()
+        for step in range(2):
+            train_step(used, optimizer, 0, step)
+    assert torch.equal(model["idle"].weight, before)
+
+
+def test_checkpoint_of_another_optimizer_is_refused(store: Any) -> None:
+    model = small_model()
+    with ug.join(0, 1, store) as group:
+        adam = torch.optim.AdamW(model.parameters(), lr=0.1)
+        with ug.attach(model, adam, group, optimizer_state=True) as gossip:
+            train_step(model, adam, 0, 0)
+            saved = gossip.state_dict()
+        sgd = make_optimizer("sgd", model)
+        gossip = ug.attach(model, sgd, group, optimizer_state=True)
+        gossip.load_state_dict(saved)
+        with pytest.raises(errors.ArgumentError, match="has 2 arrays of optimizer state"):
+            train_step(model, sgd, 0, 0)
+        gossip.detach()

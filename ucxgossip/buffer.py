@@ -14,7 +14,7 @@ from ucxgossip.ucp.memory import MemoryRegion
 
 @dataclass(frozen=True)
 class Buffer:
-    """Memory of a payload: an address, its size, and the ``ucp_request_param_t`` to put it with.
+    """Memory of a payload: an address, its size, and the request parameters to put it with.
 
     `owner` keeps the memory alive. `param` 0: not registered.
     """

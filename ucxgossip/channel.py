@@ -17,7 +17,7 @@ from ucxgossip import jit
 from ucxgossip.buffer import Buffer
 from ucxgossip.engine import Post, channel
 from ucxgossip.engine import words as w
-from ucxgossip.errors import ExchangeTimeoutError
+from ucxgossip.errors import ArgumentError, ExchangeTimeoutError
 from ucxgossip.group import Group
 from ucxgossip.mailbox import CREDIT_WINDOW
 
@@ -60,7 +60,8 @@ class Channel:
 
     def put(self, source: Buffer) -> None:
         """Put one message; call it only when `free`, and leave the source alone while `busy`."""
-        assert self.to is not None
+        if self.to is None:
+            raise ArgumentError("this rank puts nothing into this channel; it has no `to`")
         self.group.reach(self.to, self.mailbox)
         what = Post(
             source=source.address,
@@ -93,7 +94,8 @@ class Channel:
 
     def release(self) -> None:
         """Give the slot of the oldest message back to the sender."""
-        assert self.sender is not None
+        if self.sender is None:
+            raise ArgumentError("nobody puts into this channel here; it has no `sender`")
         self.group.reach(self.sender, self.mailbox)
         following = self.taken + self.mailbox.layout.depth
         self.taken += 1

@@ -181,11 +181,13 @@ class Group:
         """Make sure that `mailbox` can be put to on `rank`: endpoint and remote key."""
         if rank in mailbox.keys:
             return
-        worker = self._meeting.collect("worker", rank)
+        known = rank in self.engine.endpoints
+        worker = b"" if known else self._meeting.collect("worker", rank)
         blob = self._meeting.collect(f"mailbox {mailbox.index}", rank)
         address, packed = parse_description(blob, mailbox.layout, rank)
         try:
-            self.engine.connect(rank, worker)
+            if not known:
+                self.engine.connect(rank, worker)
             with self.engine.locked():
                 key = RemoteKey(self.engine.endpoints[rank], packed)
                 mailbox.set_peer(rank, key, address)

@@ -35,8 +35,8 @@ class Post(NamedTuple):
     """What one round does: addresses in bytes, partners by rank (-1: none).
 
     source, target: the same address mixes in place. operation: COPY, MIX_FLOAT32, MIX_FLOAT64,
-    DELTA_FLOAT32 or DELTA_FLOAT64 of `words`. source_param: address of a
-    ``ucp_request_param_t`` with the source's memory handle, 0 for unregistered memory. held: mix
+    DELTA_FLOAT32 or DELTA_FLOAT64 of `words`. source_param: address of
+    the request parameters with the source's memory handle, 0 for unregistered memory. held: mix
     only after `Engine.unhold`. need_credit: wait for the partner's credit. grant_now, grant_next:
     who gets the credit of this round at its start, and of round + depth at its end.
     """

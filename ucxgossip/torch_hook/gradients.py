@@ -93,8 +93,9 @@ class Gradients:
         if not self._synchronising:
             return
         if not self.due():
-            if not self.went_backward and self._in_local is None:
-                self._in_local = _backward_number()
+            number = _backward_number()
+            if not self.went_backward and self._in_local != number:
+                self._in_local = number
                 for each in self.buckets:
                     each.start_backward()
                 torch.autograd.Variable._execution_engine.queue_callback(self._after_local)

@@ -110,6 +110,7 @@ class NoiseCorrection:
     def before_step(self) -> None:
         """Put moments in place from which the step arrives at the corrected ones."""
         self._touched.clear()
+        self._first.clear()
         settings = {id(p): each for each in self.optimizer.param_groups for p in each["params"]}
         for part in self.parts.values():
             for piece in part.pieces:

@@ -85,6 +85,7 @@ class OptimizerState:
                 "parameters' shape; leave it False"
             )
         if self._loaded is not None:
+            _check_kinds(self._loaded, self.streams)
             for stream, state in zip(self.streams, self._loaded, strict=True):
                 stream.load(state)
             self._loaded = None
@@ -137,8 +138,7 @@ class OptimizerState:
             self._loaded = list(states) or None
             return
         states = list(states) or [{"position": position, "pending": []} for _ in self.streams]
-        if len(states) != len(self.streams):
-            raise ArgumentError("the checkpoint's optimizer state is of another kind")
+        _check_kinds(states, self.streams)
         for stream, each in zip(self.streams, states, strict=True):
             stream.load(each)
 
@@ -149,6 +149,14 @@ class OptimizerState:
                 entry = self.optimizer.state.get(parameter)
                 if entry and entry.get(name) is view:
                     entry[name] = view.clone()
+
+
+def _check_kinds(states: Sequence[Mapping[str, Any]], streams: Sequence[Stream]) -> None:
+    if len(states) != len(streams):
+        raise ArgumentError(
+            f"the checkpoint has {len(states)} arrays of optimizer state, this optimizer makes "
+            f"{len(streams)}; use the same optimizer with the same settings"
+        )
 
 
 def _union(blobs: list[bytes]) -> bytes:
