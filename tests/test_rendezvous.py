@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ucxgossip.bench import spawn
 from ucxgossip.errors import (
     ArgumentError,
     ClosedError,
@@ -363,8 +364,9 @@ def listener() -> Iterator[socket.socket]:
 
 @pytest.fixture
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    # Below the range of outgoing connections: a client that comes before its server could be given
+    # the very port that it connects to.
+    return spawn.free_port()
 
 
 def place(rank: int, size: int, port: int) -> Place:
