@@ -8,12 +8,14 @@ SIZES := 8,65536,4194304
 PEERS := gloo_allreduce,gloo_gossip
 METHODS := local,allreduce,gossip-weights-atc,gossip-both-atc
 
-.PHONY: help demo test bench typed clean
+.PHONY: help demo test bench soak errors typed clean
 
 help:
 	@echo 'make demo    make .venv when absent, then run examples/demo.py'
 	@echo 'make test    make .venv when absent, then ruff, mypy --strict and pytest'
 	@echo 'make bench   make .venv when absent, then the benchmarks; rows go to out/*.json'
+	@echo 'make soak    make .venv when absent, then long runs that try to break it; about 15 minutes'
+	@echo 'make errors  write docs/errors.md: what is said to each bad input'
 	@echo 'make clean   remove .venv, caches and everything built'
 	@echo
 	@echo 'TORCH=$(TORCH)  what pip installs for torch    UCX=$(UCX)  cu12 or cu13: which UCX wheel'
@@ -36,6 +38,18 @@ bench: .venv/ready build/compiled
 	$(BIN)/ucxgossip bench exchange --transport tcp --ranks 2,4 --sizes $(SIZES) --against $(PEERS) --json out/exchange-tcp.json
 	$(BIN)/ucxgossip bench exchange --transport shm --ranks 2,4 --sizes $(SIZES) --against $(PEERS) --json out/exchange-shm.json
 	$(BIN)/ucxgossip bench train --model lenet --ranks 4 --methods $(METHODS) --seeds 2 --json out/train.json
+
+soak: .venv/ready build/compiled
+	mkdir -p out
+	$(BIN)/python -m ucxgossip.bench.soak chunks --chunks 10000000 --json out/soak-chunks.json
+	$(BIN)/python -m ucxgossip.bench.soak chunks --chunks 1000000 --way processes --json out/soak-processes.json
+	$(BIN)/python -m ucxgossip.bench.soak chunks --chunks 300000 --way stops --json out/soak-stops.json
+	$(BIN)/python -m ucxgossip.bench.soak exchanges --exchanges 1000000 --json out/soak-exchanges.json
+	$(BIN)/python -m ucxgossip.bench.fuzz --inputs 1000000 --json out/fuzz.json
+	$(BIN)/python -m ucxgossip.bench.kills --transport tcp,shm --ranks 8 --kills 100 --json out/soak-kills.json
+
+errors: .venv/ready build/compiled
+	$(BIN)/python tests/bad_inputs.py
 
 # torch comes first, and by itself: the package's own requirement would admit any build of it.
 .venv/ready: setup.cfg

@@ -26,6 +26,7 @@ from types import FrameType
 from typing import TypeVar
 
 from ucxgossip.errors import ArgumentError, BenchError
+from ucxgossip.trust import TOKEN, new_token
 
 _TAIL_LINES = 20
 _GRACE_S = 2.0
@@ -51,15 +52,15 @@ def run_ranks(
         raise ArgumentError(f"cannot start {ranks} ranks: at least one is needed")
     deadline = time.monotonic() + deadline_s
     job = f"python {shlex.join(arguments)}"
-    port = free_port()
+    port, token = free_port(), os.environ.get(TOKEN) or new_token()
     processes: list[subprocess.Popen[bytes]] = []
     tails: list[deque[str]] = [deque(maxlen=_TAIL_LINES) for _ in range(ranks)]
     with ended(processes):
         for rank in range(ranks):
-            environment = _rank_environment(rank, ranks, port)
+            environment = rank_environment(rank, ranks, port, token)
             environment.update(variables(rank) if variables else {})
-            processes.append(_start_rank(arguments, rank, environment))
-        streams = _streams(processes)
+            processes.append(start_rank(arguments, rank, environment))
+        streams = pipes(processes)
         open_streams = set(streams)
         try:
             for (rank, name), line in lines(streams, deadline):
@@ -144,7 +145,8 @@ def free_port() -> int:
     raise BenchError("no free TCP port among 100 tried between 20000 and 30000")
 
 
-def _rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+def rank_environment(rank: int, ranks: int, port: int, token: str) -> dict[str, str]:
+    """This process's variables, those that torchrun sets, and the job's token."""
     return {
         **os.environ,
         "RANK": str(rank),
@@ -153,15 +155,16 @@ def _rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        TOKEN: token,
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
     }
 
 
-def _start_rank(
+def start_rank(
     arguments: Sequence[str], rank: int, environment: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
-    # Only rank 0 has results to tell; what another prints is kept with its errors.
+    """A rank's process; what another rank than 0 prints comes with its errors."""
     return subprocess.Popen(
         [sys.executable, *arguments],
         env=environment,
@@ -171,7 +174,8 @@ def _start_rank(
     )
 
 
-def _streams(processes: Sequence[subprocess.Popen[bytes]]) -> dict[tuple[int, str], int]:
+def pipes(processes: Sequence[subprocess.Popen[bytes]]) -> dict[tuple[int, str], int]:
+    """The pipes of the processes, by rank and name, for `lines`."""
     return {
         (rank, name): pipe.fileno()
         for rank, process in enumerate(processes)

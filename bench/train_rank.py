@@ -32,7 +32,7 @@ from ucxgossip.torch_hook import Gossip, attach
 _TIMEOUT_S = 120.0
 
 
-class _Replica:
+class Replica:
     """This rank's model under one method: what the loop calls, and what is at rest when."""
 
     def __init__(
@@ -51,15 +51,16 @@ class _Replica:
 
 
 @contextmanager
-def _trained_by(
+def trained_by(
     method: Method, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group
-) -> Iterator[_Replica]:
+) -> Iterator[Replica]:
+    """This rank's replica under `method` until the block ends. Collective."""
     if method.name == "allreduce":
         from torch.nn.parallel import DistributedDataParallel
 
-        yield _Replica(model, DistributedDataParallel(model))
+        yield Replica(model, DistributedDataParallel(model))
     elif not method.gossips:
-        yield _Replica(model, model)
+        yield Replica(model, model)
     else:
         if method.simulated_only:
             raise ArgumentError(f"bench train: {method.name} has no real form; use --simulate")
@@ -75,7 +76,7 @@ def _trained_by(
             global_average_every=method.global_every or None,
             noise_correction=method.noise,
         ) as gossip:
-            yield _Replica(model, model, gossip)
+            yield Replica(model, model, gossip)
 
 
 def train(task: tasks.Task, method: Method, setting: Setting, group: Group) -> Outcome:
@@ -85,7 +86,7 @@ def train(task: tasks.Task, method: Method, setting: Setting, group: Group) -> O
     shard = task.shards(setting.ranks, setting.shards, setting.seed)[group.rank]
     outcome, when = Outcome(), setting.evaluated_after()
     times: list[float] = []
-    with _trained_by(method, model, optimizer, group) as replica:
+    with trained_by(method, model, optimizer, group) as replica:
         dist.barrier()
         for step in range(setting.steps):
             for each in optimizer.param_groups:
@@ -103,26 +104,26 @@ def train(task: tasks.Task, method: Method, setting: Setting, group: Group) -> O
                 replica.settle()
                 _judge(task, replica, outcome, step + 1)
                 dist.barrier()
-        outcome.weights = _gathered(replica.flat()).numpy()
-    outcome.step_ms = float(median(_gathered(torch.tensor([median(times)])).flatten().tolist()))
+        outcome.weights = gathered(replica.flat()).numpy()
+    outcome.step_ms = float(median(gathered(torch.tensor([median(times)])).flatten().tolist()))
     outcome.step_ms *= 1e3
     return outcome
 
 
 @torch.no_grad()
-def _judge(task: tasks.Task, replica: _Replica, outcome: Outcome, step: int) -> None:
+def _judge(task: tasks.Task, replica: Replica, outcome: Outcome, step: int) -> None:
     """Add this moment's accuracy and loss of each replica, and their distance. Collective."""
     made = replica.plain(task.test_inputs)
     right = (made.argmax(dim=-1) == task.test_targets).double().mean()
     mine = torch.stack([100 * right, loss(made, task.test_targets).double()])
-    accuracies, losses = _gathered(mine).T.tolist()
+    accuracies, losses = gathered(mine).T.tolist()
     outcome.steps.append(step)
     outcome.accuracies.append(accuracies)
     outcome.losses.append(losses)
-    outcome.consensus.append(consensus(_gathered(replica.flat())))
+    outcome.consensus.append(consensus(gathered(replica.flat())))
 
 
-def _gathered(mine: torch.Tensor) -> torch.Tensor:
+def gathered(mine: torch.Tensor) -> torch.Tensor:
     """Every rank's 1-D tensor, as rows. Collective."""
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)

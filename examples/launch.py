@@ -43,7 +43,7 @@ class Job:
         self, script: Path, arguments: Sequence[str], *, ranks: int, deadline_s: float
     ) -> None:
         self.command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *(sys.executable, "-m", "ucxgossip", "run", "--standalone"),
             *("--nproc-per-node", str(ranks), str(script), *arguments),
         ]
         self.deadline_s = deadline_s

@@ -13,15 +13,19 @@ from typing import Any
 import pytest
 
 import ucxgossip as ug
+from ucxgossip import trust
 
 DEADLINE = 60.0
+
+# Before any test and for every process that one starts: the tests leave this user's home alone.
+os.environ[trust.TOKEN] = trust.new_token()
 
 
 class MemoryStore:
     """The methods of ``torch.distributed.Store`` that rendezvous uses, for ranks as threads."""
 
     def __init__(self, get_timeout: float = DEADLINE) -> None:
-        self._values: dict[str, bytes] = {}
+        self.values: dict[str, bytes] = {}
         self._changed = threading.Condition()
         self._get_timeout = timedelta(seconds=get_timeout)
         self.calls: list[tuple[str, str]] = []
@@ -29,24 +33,24 @@ class MemoryStore:
     def set(self, key: str, value: str | bytes) -> None:
         with self._changed:
             self.calls.append(("set", key))
-            self._values[key] = value.encode() if isinstance(value, str) else bytes(value)
+            self.values[key] = value.encode() if isinstance(value, str) else bytes(value)
             self._changed.notify_all()
 
     def get(self, key: str) -> bytes:
         self.wait([key], self._get_timeout)
-        return self._values[key]
+        return self.values[key]
 
     def add(self, key: str, amount: int) -> int:
         with self._changed:
             self.calls.append(("add", key))
-            value = int(self._values.get(key, b"0")) + amount
-            self._values[key] = str(value).encode()
+            value = int(self.values.get(key, b"0")) + amount
+            self.values[key] = str(value).encode()
             self._changed.notify_all()
             return value
 
     def check(self, keys: list[str]) -> bool:
         with self._changed:
-            return all(key in self._values for key in keys)
+            return all(key in self.values for key in keys)
 
     def wait(self, keys: list[str], timeout: timedelta) -> None:
         with self._changed:
@@ -123,7 +127,11 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(
         code: str, variables: dict[str, str] | None = None, deadline: float = DEADLINE
     ) -> subprocess.CompletedProcess[str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("UCX")}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if name == trust.TOKEN or not name.startswith("UCX")
+        }
         return subprocess.run(
             [sys.executable, "-c", code],
             env=kept | (variables or {}),

@@ -12,7 +12,15 @@ import ucxgossip as ug
 from ucxgossip import jit
 from ucxgossip.channel import Channel
 from ucxgossip.engine import Tuning
-from ucxgossip.errors import ArgumentError, ExchangeError, ExchangeTimeoutError, PeerError, UCXError
+from ucxgossip.engine import channel as engine_channel
+from ucxgossip.errors import (
+    ArgumentError,
+    ExchangeError,
+    ExchangeTimeoutError,
+    IntegrityError,
+    PeerError,
+    UCXError,
+)
 from ucxgossip.mixing.stream import array_of, registered
 
 Job = Callable[..., list[Any]]
@@ -130,6 +138,49 @@ def test_half_a_message_is_no_message(as_ranks: Any, store: Any) -> None:
 
     for end in as_ranks(2, rank):
         assert end is None, end
+
+
+@pytest.mark.parametrize("transport", ["tcp", "shm"])
+@pytest.mark.parametrize("count", [8, 100, 5000])
+def test_verified_messages(as_ranks: Any, store: Any, transport: str, count: int) -> None:
+    """Whole ones pass; one flipped byte, in any chunk, ends the group with a named error."""
+    tuning = Tuning(chunk=4096, window=2, eager=1024)
+
+    def rank(number: int) -> None:
+        with ug.join(number, 2, store, transport, 30.0, tuning=tuning, verify=True) as group:
+            channel = to_right(group, 8 * count)
+            source = registered(group, count, FLOAT)
+            for message in range(5):
+                if number == 0:
+                    until(lambda: channel.free)
+                    array_of(source)[:] = np.arange(count) + message
+                    channel.put(source)
+                    channel.wait_sent()
+                    continue
+                channel.wait_arrived(DEADLINE_S)
+                assert channel.arrived  # asked again, it is not read again
+                found = channel.view(np.float64, count)
+                np.testing.assert_array_equal(found, np.arange(count) + message)
+                channel.release()
+            if number == 0:
+                until(lambda: channel.free)
+                channel.put(source)
+                channel.wait_sent()
+            group.agree("put", {})
+            if number == 1:
+                what = (group.engine.words, channel.mailbox.index, channel.taken, 8 * count)
+                until(lambda: engine_channel.complete(*what))
+                channel.view(np.uint8, 8 * count)[8 * count - 3] ^= 4
+                with pytest.raises(IntegrityError, match="put by rank 0") as caught:
+                    channel.arrived  # noqa: B018
+                error = caught.value
+                assert (error.rank, error.mailbox) == (0, channel.mailbox.index)
+                assert (error.round, error.chunk) == (5, (8 * count - 1) // 4096)
+                assert group.failed
+
+    ends = as_ranks(2, rank)
+    assert ends[1] is None, ends[1]
+    assert ends[0] is None or isinstance(ends[0], PeerError), ends[0]
 
 
 def test_failed_put_is_told_and_not_forgotten(as_ranks: Any, store: Any) -> None:

@@ -1,11 +1,15 @@
 """The command line: each command measures, writes its rows and exits as it should."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ucxgossip import trust
 from ucxgossip.cli import main
 from ucxgossip.doctor import advise, parse_protocols
 
@@ -120,13 +124,107 @@ def test_bad_arguments_exit_with_2(
 
 @pytest.mark.parametrize(
     "command",
-    [["--help"], ["doctor", "--help"], ["schedules", "--help"], ["bench", "put", "--help"]],
+    [
+        ["--help"],
+        ["doctor", "--help"],
+        ["schedules", "--help"],
+        ["bench", "put", "--help"],
+        ["run", "--help"],
+        ["token", "--help"],
+    ],
 )
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(command)
     assert ended.value.code == 0
     assert "usage: ucxgossip" in capsys.readouterr().out
+
+
+def test_token(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = []
+    for _ in range(2):
+        assert main(["token"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] != printed[1]
+    assert all(len(bytes.fromhex(each)) == 32 for each in printed)
+
+
+@pytest.mark.parametrize(
+    ("options", "variables", "fresh"),
+    [
+        ([], {}, True),
+        (["--"], {}, True),
+        (["--nnodes", "1"], {}, True),
+        (["--nnodes=2"], {}, False),
+        (["--nnodes", "1:4"], {}, False),
+        ([], {trust.TOKEN: "set by the user"}, False),
+        ([], {trust.TOKEN_FILE: "/set/by/the/user"}, False),
+    ],
+    ids=str,
+)
+def test_run_gives_a_job_of_one_host_a_token(
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    variables: dict[str, str],
+    fresh: bool,
+) -> None:
+    import torch.distributed.run as torchrun
+
+    script = ["train.py", "--nnodes", "3"]
+    monkeypatch.setenv(trust.TOKEN, "restored when the test ends")
+    monkeypatch.delenv(trust.TOKEN)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    started: list[list[str]] = []
+    monkeypatch.setattr(torchrun, "main", started.append)
+    assert main(["run", *options, *script]) == 0
+    assert started == [[*(each for each in options if each != "--"), *script]]
+    token = os.environ.get(trust.TOKEN)
+    if fresh:
+        assert token is not None and len(bytes.fromhex(token)) == 32
+    else:
+        assert token == variables.get(trust.TOKEN)
+
+
+def test_run_without_a_script(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["run"], ["run", "--standalone"]):
+        with pytest.raises(SystemExit) as ended:
+            main(command)
+        assert ended.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+RANK = """
+import hashlib, os, sys
+import ucxgossip as ug
+
+with ug.join(timeout=60) as group:
+    group.agree("end", {})
+    digest = hashlib.sha256(os.environ["UCXGOSSIP_TOKEN"].encode()).hexdigest()
+    print(f"rank {group.rank} of {group.size} {digest} {sys.argv[1:]}", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_run_starts_ranks_that_join(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(RANK)
+    kept = {name: value for name, value in os.environ.items() if name != trust.TOKEN}
+    ended = subprocess.run(
+        [sys.executable, "-m", "ucxgossip", "run", "--standalone", "--nproc-per-node", "2"]
+        + [str(script), "--standalone", "x"],
+        env=kept | {"XDG_CONFIG_HOME": str(tmp_path), "UCX_TLS": "tcp"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    said = sorted(ended.stdout.split("rank ")[1:])
+    assert [each[0] for each in said] == ["0", "1"]
+    assert said[0].strip()[1:] == said[1].strip()[1:]
+    assert "['--standalone', 'x']" in said[0]
+    assert not (tmp_path / "ucxgossip").exists(), "a token file was made"
 
 
 PROTO_INFO = """\

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from ucxgossip import jit
-from ucxgossip.engine import Engine, Post, Tuning, drive
+from ucxgossip.engine import Engine, Post, Tuning, drive, rounds
 from ucxgossip.engine import words as w
+from ucxgossip.engine.checks import checksum
 from ucxgossip.errors import ArgumentError, ClosedError, ExchangeError
 from ucxgossip.mailbox import Layout, Mailbox, parse_description
 from ucxgossip.ucp import Context, RemoteKey, ops
@@ -40,10 +41,17 @@ class Pair:
             "to": other,
             "sender": other,
             "operation": w.MIX_FLOAT64 if array.dtype == np.float64 else w.MIX_FLOAT32,
-            "need_credit": self.boxes[rank].round >= self.boxes[rank].layout.depth,
+            "grant_now": other if self.boxes[rank].round < self.boxes[rank].layout.depth else -1,
             "grant_next": other,
+            "whole": 1,
         }
         self.engines[rank].post(self.boxes[rank], Post(**{**what, **changes}))  # type: ignore[arg-type]
+
+    def open(self, rank: int, *numbers: int) -> None:
+        """Let the other rank write the slots of these rounds of `rank`."""
+        engine, box = self.engines[rank], self.boxes[rank]
+        for number in numbers:
+            assert rounds.grant(engine.words, engine.table[box.index], 1 - rank, number) == 0
 
     def step(self, *ranks: int) -> None:
         for rank in ranks or (0, 1):
@@ -72,13 +80,13 @@ def transport(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def make_pair(transport: str, nbytes: int, depth: int) -> Pair:
+def make_pair(transport: str, nbytes: int, depth: int, verify: bool = False) -> Pair:
     contexts = [Context(transport, {"NET_DEVICES": "lo"}) for _ in range(2)]
     engines = [
         Engine(context, rank, 2, TUNING, ring=transport != "tcp")
         for rank, context in enumerate(contexts)
     ]
-    layout = Layout(nbytes, depth, TUNING.chunk)
+    layout = Layout(nbytes, depth, TUNING.chunk, verify)
     boxes = [Mailbox(context, layout, 2) for context in contexts]
     for rank in range(2):
         engines[rank].open(boxes[rank])
@@ -123,6 +131,9 @@ def canaries_alive(raw: np.ndarray) -> bool:
         ((1024, 1), 1024),
         ((5000, 2), 5000),
         ((8192, 3), 8),
+        ((8, 2, True), 8),
+        ((64, 2, True), 64),
+        ((5000, 2, True), 5000),
     ],
     indirect=["pair"],
 )
@@ -144,6 +155,179 @@ def test_rounds_average_in_place(pair: Pair, nbytes: int, dtype: type) -> None:
         assert pair.word(0, w.ROUND) == number
 
 
+# --- values that are not finite ----------------------------------------------------------------
+
+CHUNK = TUNING.chunk // 8  # doubles
+
+
+def spoiled(pair: Pair, rank: int) -> tuple[int, int]:
+    return pair.word(rank, w.SPOILED), pair.word(rank, w.OWN_SPOILED)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # where interpreted
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, CHUNK, 2 * CHUNK - 1, 4 * CHUNK - 1])
+def test_a_chunk_that_is_not_finite_is_left_out_whole(pair: Pair, bad: float, place: int) -> None:
+    """On both ranks, and no other chunk; the distance is that of what was mixed."""
+    rng = np.random.default_rng(place)
+    a, b = rng.standard_normal(512), rng.standard_normal(512)
+    wanted_left, wanted_right = a + 0.5 * (b - a), b + 0.5 * (a - b)
+    square = (a - b) ** 2
+    b[place] = bad
+    (left, left_raw), (right, right_raw) = guarded(a), guarded(b)
+    pair.post(0, left)
+    pair.post(1, right)
+    pair.until(pair.ended)
+    out = slice(place // CHUNK * CHUNK, (place // CHUNK + 1) * CHUNK)
+    wanted_left[out], wanted_right[out] = a[out], b[out]
+    np.testing.assert_array_equal(left, wanted_left)
+    np.testing.assert_array_equal(right, wanted_right)
+    assert canaries_alive(left_raw) and canaries_alive(right_raw)
+    assert (spoiled(pair, 0), spoiled(pair, 1)) == ((1, 0), (0, 1))
+    square[out] = 0
+    for rank in range(2):
+        distance = pair.engines[rank].floats[pair.boxes[rank].index, w.DISTANCE]
+        assert distance == pytest.approx(square.sum(), rel=1e-9)
+    good = [np.zeros(512), np.ones(512)]  # the next round starts counting anew
+    for rank in range(2):
+        pair.post(rank, good[rank])
+    pair.until(pair.ended)
+    assert (good[0] == 0.5).all() and (good[1] == 0.5).all()
+    assert (spoiled(pair, 0), spoiled(pair, 1)) == ((0, 0), (0, 0))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("operation", ["mix", "delta"])
+def test_each_operation_leaves_out(pair: Pair, operation: str, dtype: type) -> None:
+    double = dtype is np.float64
+    names = {"mix": (w.MIX_FLOAT32, w.MIX_FLOAT64), "delta": (w.DELTA_FLOAT32, w.DELTA_FLOAT64)}
+    count = 4096 // np.dtype(dtype).itemsize
+    left, right = np.ones(count, dtype), np.full(count, 3, dtype)
+    right[0] = np.nan
+    for rank, array in enumerate((left, right)):
+        pair.post(rank, array, operation=names[operation][double])
+    pair.until(pair.ended)
+    kept, mixed = (1, 2) if operation == "mix" else (0, 1)
+    assert left.tolist() == [kept] * (count // 4) + [mixed] * (3 * count // 4)
+    assert spoiled(pair, 0) == (1, 0) and spoiled(pair, 1) == (0, 1)
+    assert np.isnan(right[0]) == (operation == "mix")  # no correction, rather than a NaN
+
+
+def test_allowed_it_is_mixed(pair: Pair) -> None:
+    left, right = np.zeros(512), np.ones(512)
+    right[5] = np.nan
+    for rank, array in enumerate((left, right)):
+        pair.post(rank, array, whole=0)
+    pair.until(pair.ended)
+    assert np.isnan(left).tolist() == [i == 5 for i in range(512)]
+    assert spoiled(pair, 0) == (0, 0)
+
+
+def test_copies_are_not_looked_at(pair: Pair) -> None:
+    left, right = np.zeros(512), np.full(512, np.nan)
+    pair.post(0, left, operation=w.COPY, to=-1)
+    pair.post(1, right, operation=w.COPY, sender=-1, grant_now=-1, grant_next=-1)
+    pair.until(pair.ended)
+    assert np.isnan(left).all()
+    assert spoiled(pair, 0) == (0, 0)
+
+
+# --- checksums ---------------------------------------------------------------------------------
+
+VERIFIED = [(4096, 2, True), (64, 2, True)]
+"""Four chunks, and one that over TCP travels as a message."""
+
+
+@pytest.mark.parametrize("pair", VERIFIED, indirect=True)
+def test_one_flipped_bit_between_signal_and_mix_is_found(pair: Pair) -> None:
+    box = pair.boxes[1]
+    count = box.layout.nbytes // 8
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        mine, other = np.zeros(count), rng.standard_normal(count)
+        pair.post(1, mine, to=-1, held=1)
+        pair.post(0, other, sender=-1, grant_now=-1, grant_next=-1)
+        pair.until(lambda: pair.ended(0))
+        pair.settle(1)
+        flipped = number % 2 == 1
+        place = int(rng.integers(box.layout.nbytes))
+        if flipped:
+            box.slot(number, np.uint8, box.layout.nbytes)[place] ^= 1 << (number % 8)
+        pair.engines[1].unhold(box)
+        pair.until(lambda: pair.word(1, w.STATE) != w.ACTIVE, 1)
+        if not flipped:
+            assert pair.ended(1)
+            np.testing.assert_array_equal(mine, other / 2)
+            continue
+        chunk = place // TUNING.chunk
+        assert pair.word(1, w.STATE) == w.FAILED and pair.word(1, w.FAILURE) == w.CORRUPT
+        assert pair.word(1, w.MIXED) == chunk
+        assert (mine[chunk * CHUNK :] == 0).all(), "mixed what is corrupt"
+        pair.open(1, number + 2)  # a round that failed gives no credit
+
+
+@pytest.mark.parametrize("pair", VERIFIED, indirect=True)
+def test_the_chunk_of_another_round_is_found(pair: Pair) -> None:
+    """Whole as it is, with its own checksum: the seed names the round."""
+    box, engine = pair.boxes[1], pair.engines[1]
+    row = engine.table[box.index]
+    checks = jit.view_words(int(row[w.CHECKS]), int(row[w.DEPTH] * row[w.CHUNKS]))
+    count = box.layout.nbytes // 8
+    for number in range(3):
+        if number == 2:
+            stale, told = box.slot(0, np.uint8, box.layout.nbytes).copy(), checks.copy()
+        mine, other = np.zeros(count), np.full(count, 1.0 + number)
+        pair.post(1, mine, to=-1, held=1)
+        pair.post(0, other, sender=-1, grant_now=-1, grant_next=-1)
+        pair.until(lambda: pair.ended(0))
+        pair.settle(1)
+        if number == 2:
+            box.slot(2, np.uint8, box.layout.nbytes)[:] = stale
+            checks[:] = told
+        engine.unhold(box)
+        pair.until(lambda: pair.word(1, w.STATE) != w.ACTIVE, 1)
+        assert pair.ended(1) == (number < 2)
+    assert pair.word(1, w.FAILURE) == w.CORRUPT and pair.word(1, w.MIXED) == 0
+    assert (mine == 0).all()
+
+
+def test_checksum_names_epoch_round_mailbox_and_chunk(pair: Pair) -> None:
+    engine, row = pair.engines[0].words.copy(), pair.engines[0].table[0].copy()
+    data = np.arange(16.0)
+
+    def of(epoch: int, index: int, number: int, part: int, nbytes: int) -> int:
+        engine[w.EPOCH], row[w.INDEX] = epoch, index
+        return int(checksum(engine, row, number, part, data.ctypes.data, nbytes))
+
+    base = (0, 0, 5, 0, 120)
+    others = [
+        (*base[:place], base[place] + step, *base[place + 1 :])
+        for place in range(5)
+        for step in (1, 2, 7)
+    ]
+    assert len({of(*each) for each in (base, *others)}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("pair", [(64, 2, True), (64, 2)], indirect=True)
+def test_message_without_its_checksum_is_dropped(pair: Pair) -> None:
+    """And one with a checksum that nobody asked for."""
+    engine, target = pair.engines
+    header, payload = np.zeros(5, np.int64), np.ones(8)
+    wrong = w.HEADER_BYTES if pair.boxes[0].layout.verify else w.CHECKED_HEADER_BYTES
+    ops.send(
+        engine.endpoints[1].handle,
+        w.AM_DATA,
+        header.ctypes.data,
+        wrong,
+        payload.ctypes.data,
+        payload.nbytes,
+        int(engine.words[w.EAGER_PARAM]),
+    )
+    pair.until(lambda: target.words[w.MALFORMED] == 1)
+    assert not pair.boxes[1].slot(0, np.uint8, 64).any()
+    target.words[w.MALFORMED] = 0
+
+
 def test_copy_leaves_the_source(pair: Pair) -> None:
     left, right = np.arange(512.0), np.arange(512.0) * 3
     received = np.zeros(512)
@@ -156,13 +340,14 @@ def test_copy_leaves_the_source(pair: Pair) -> None:
 
 
 def test_a_partner_ahead_fills_the_slots_and_then_waits_for_credit(pair: Pair) -> None:
-    rounds = [np.full(512, float(number)) for number in range(3)]
+    sent = [np.full(512, float(number)) for number in range(3)]
+    pair.open(1, 0, 1)
     for number in range(2):
-        pair.post(0, rounds[number], sender=-1, grant_next=-1)
+        pair.post(0, sent[number], sender=-1, grant_next=-1)
         pair.until(lambda: pair.ended(0))
     for number in range(2):
         assert (pair.boxes[1].slot(number, np.float64, 512) == number).all()
-    pair.post(0, rounds[2], sender=-1, grant_next=-1)
+    pair.post(0, sent[2], sender=-1, grant_next=-1)
     pair.settle(0)
     assert not pair.ended(0)
     assert pair.word(0, w.PUT) == 0, "put without credit"
@@ -172,6 +357,19 @@ def test_a_partner_ahead_fills_the_slots_and_then_waits_for_credit(pair: Pair) -
     pair.until(lambda: pair.ended(0, 1))
     assert (mine == 5.0).all()
     assert (pair.boxes[1].slot(2, np.float64, 512) == 2).all()
+
+
+def test_nothing_is_put_before_the_target_has_said_so(pair: Pair) -> None:
+    """Not even into a slot that was never used: UCX over TCP (1.22 at least) crashes where an
+    endpoint is made to a rank whose put is half received, and only a credit tells that it is made.
+    """
+    array = np.ones(512)
+    pair.post(0, array, sender=-1, grant_now=-1, grant_next=-1)
+    pair.settle(0)
+    assert pair.word(0, w.PUT) == 0
+    pair.open(1, 0)
+    pair.until(lambda: pair.ended(0))
+    assert (pair.boxes[1].slot(0, np.float64, 512) == 1).all()
 
 
 def test_held_round_mixes_only_when_let(pair: Pair) -> None:
@@ -226,6 +424,9 @@ BAD_HEADERS = [
     [1, 0, 0, 0],
     [1 << 40, 0, 0, 0],
     [0, -1, 0, 0],
+    [0, 1 << 47, 0, 0],
+    [0, (1 << 48) | 5, 0, 0],
+    [0, (1 << 63) - 1, 0, 0],
     [0, 0, 4, 0],
     [0, 0, -1, 0],
     [0, 0, 0, 1],
@@ -315,6 +516,9 @@ def test_rounds_put_in_the_order_in_which_they_were_posted(pair: Pair, transport
     address, packed = parse_description(boxes[1].describe(), layout, 1)
     boxes[0].set_peer(1, RemoteKey(pair.engines[0].endpoints[1], packed), address)
     engine, later = pair.engines[0], Pair(pair.engines, boxes)
+    for each in (pair, later):
+        each.open(1, 0)
+    pair.until(lambda: all(each.boxes[0].credits[0] == 1 for each in (pair, later)))
     first, second = np.ones(384), np.ones(384)  # three chunks each, as many as may be in flight
     later.post(0, first, sender=-1, grant_next=-1)
     pair.post(0, second, sender=-1, grant_next=-1)
@@ -331,6 +535,10 @@ def test_rounds_put_in_the_order_in_which_they_were_posted(pair: Pair, transport
 def test_wait_says_whom_for_what(pair: Pair) -> None:
     array = np.ones(512)
     pair.post(0, array)
+    assert not pair.engines[0].wait(pair.boxes[0], 0.05)
+    error = pair.engines[0].describe_wait(pair.boxes[0], 0.05)
+    assert error.rank == 1 and "free its slot" in error.what
+    pair.open(1, 0)
     pair.until(lambda: pair.word(0, w.SENT) == 4)
     assert not pair.engines[0].wait(pair.boxes[0], 0.05)
     error = pair.engines[0].describe_wait(pair.boxes[0], 0.05)

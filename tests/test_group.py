@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import ucxgossip as ug
 from ucxgossip import errors
 from ucxgossip.buffer import Buffer
+from ucxgossip.engine import channel
 from ucxgossip.mixing.collective import PIECE, Collective
 from ucxgossip.schedule import Dissemination, Rotated
 
@@ -164,6 +166,7 @@ def test_schedule_must_fit(store: Any, schedule: Any) -> None:
         ({"timeout": 0.0}, "timeout"),
         ({"timeout": float("nan")}, "timeout"),
         ({"timeout": float("inf")}, "timeout"),
+        ({"verify": 1}, "verify is 1"),
         ({"rank": 2, "size": 2}, "does not fit"),
         ({"rank": 0, "size": 0}, "world size"),
         ({"settings": {"TLS": "no-such-transport"}}, "UCX|transport"),
@@ -307,3 +310,104 @@ def test_latecomer_does_not_join_a_job_that_gave_up(as_ranks: Ranks, store: Any)
         ug.join(0, 2, store, "tcp", timeout=0.2)
     with pytest.raises(errors.PeerError, match="rank 0 left the job: RankMissingError"):
         ug.join(1, 2, store, "tcp", TIMEOUT)
+
+
+# --- integrity ---------------------------------------------------------------------------------
+
+
+def test_exchange_leaves_out_what_is_not_finite(job: Callable[..., list[Any]]) -> None:
+    """skip by default; raise tells both after the round; allow mixes."""
+
+    def body(group: ug.Group) -> dict[int, int]:
+        def damaged() -> np.ndarray:
+            return np.array([float(group.rank), np.nan if group.rank else 5.0], np.float32)
+
+        array, other = damaged(), damaged()
+        assert group.exchange(array) is array
+        np.testing.assert_array_equal(array, other)
+        with pytest.raises(errors.NonFiniteError, match="step 1: .* array held NaN") as caught:
+            group.exchange(array, nonfinite="raise")
+        assert (caught.value.rank, caught.value.what, caught.value.step) == (1, "array", 1)
+        np.testing.assert_array_equal(array, other)
+        came = group.exchange(array, mix=False)
+        assert np.isnan(came[1]) == (group.rank == 0)
+        group.exchange(array, nonfinite="allow")
+        assert array[0] == 0.5 and np.isnan(array[1])
+        return group.nonfinite
+
+    assert job(2, body) == [{1: 2}, {1: 2}]
+
+
+@pytest.mark.parametrize("policy", ["ignore", None, True])
+def test_unknown_policy(store: Any, policy: Any) -> None:
+    array = np.zeros(2)
+    with (
+        ug.join(0, 1, store) as group,
+        pytest.raises(errors.ArgumentError, match="unknown nonfinite"),
+    ):
+        group.exchange(array, nonfinite=policy)
+
+
+@pytest.mark.parametrize("count", [1, 1000, 50_001])
+def test_verified_rounds_are_those_without(
+    as_ranks: Ranks, store: Any, transport: str, count: int
+) -> None:
+    """Messages, puts and stores of several chunks, round after round, and a collective."""
+    size, schedule = 3, Rotated(Dissemination(3), seed=1)
+    values = np.random.default_rng(0).standard_normal((size, count))
+
+    def rank(number: int) -> np.ndarray:
+        tuning = ug.Tuning(chunk=1 << 16, window=3)
+        with ug.join(number, size, store, transport, TIMEOUT, tuning=tuning, verify=True) as group:
+            array = values[number].copy()
+            for _ in range(70):  # more rounds than words in a ring
+                group.exchange(array, schedule=schedule)
+            collective = Collective(group)
+            collective.average(array)
+            group.agree("over", {})
+            assert all(box.intact() for box in group.engine.mailboxes)
+            return array
+
+    for found in check(as_ranks(size, rank)):
+        np.testing.assert_allclose(found, values.mean(axis=0), atol=1e-12)
+
+
+def test_corrupt_chunk_is_a_named_error(as_ranks: Ranks, store: Any, transport: str) -> None:
+    flipped = threading.Event()
+
+    def rank(number: int) -> None:
+        tuning = ug.Tuning(chunk=1024, window=2, eager=0)
+        with ug.join(number, 2, store, transport, TIMEOUT, tuning=tuning, verify=True) as group:
+            box = group.mailbox(4096)
+            array = np.full(512, float(number))
+            buffer = Buffer.of(array)
+            schedule = Dissemination(2)
+            group.post_scheduled(box, buffer, buffer, schedule, 0, held=number == 1)
+            if number == 0:
+                group.wait(box)
+                group.agree("put", {})
+                assert flipped.wait(TIMEOUT)
+                return
+            group.agree("put", {})
+            deadline = time.monotonic() + TIMEOUT  # with UCX 1.13 puts end before they arrive
+            while not channel.complete(group.engine.words, box.index, 0, 4096):
+                assert time.monotonic() < deadline, "deadline"
+            box.slot(0, np.uint8, 4096)[2 * 1024 + 5] ^= 1
+            group.engine.unhold(box)
+            with pytest.raises(errors.IntegrityError, match="chunk 2 of round 0") as caught:
+                group.wait(box)
+            flipped.set()
+            error = caught.value
+            assert (error.rank, error.mailbox, error.round, error.chunk) == (0, box.index, 0, 2)
+            assert array.tolist() == [0.5] * 256 + [1.0] * 256
+            with pytest.raises(errors.ExchangeError, match="failed before"):
+                group.wait(box)
+
+    for end in as_ranks(2, rank):
+        assert end is None or isinstance(end, errors.PeerError), end
+
+
+def test_verify_must_be_the_same_on_all_ranks(as_ranks: Ranks, store: Any) -> None:
+    ends = as_ranks(2, lambda rank: ug.join(rank, 2, store, "shm", TIMEOUT, verify=rank == 1))
+    assert all(isinstance(end, errors.MismatchError) for end in ends), ends
+    assert "verify" in str(ends[0])

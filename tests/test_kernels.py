@@ -129,6 +129,81 @@ def test_mix_of_an_infinity_is_infinitely_far(dtype: Any) -> None:
     assert dst.tolist() == [1.0] * 50 + [np.inf] + [1.0] * 49
 
 
+# --- whole or not at all -----------------------------------------------------------------------
+
+BAD = [np.nan, np.inf, -np.inf]
+PLACES = [0, cpu.BLOCK - 1, cpu.BLOCK, 2 * cpu.BLOCK + 4]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("size", SIZES)
+def test_whole_is_the_same_where_all_is_finite(size: int, alpha: float, dtype: Any) -> None:
+    for guarded, plain in ((cpu.mix_whole, cpu.mix), (cpu.delta_whole, cpu.delta)):
+        dst, src, undo = (Guarded(size, dtype, offset, offset) for offset in (1, 2, 3))
+        wanted, before = dst.array.copy(), dst.array.copy()
+        distance = plain(wanted, src.array, dtype(alpha))
+        found = guarded(dst.array, src.array, dtype(alpha), undo.array)
+        assert found == pytest.approx(distance, rel=TOLERANCE[dtype], abs=0)
+        assert (bits(dst.array) == bits(wanted)).all()
+        assert (bits(undo.array) == bits(before)).all()
+        assert dst.intact() and src.intact() and undo.intact()
+
+
+@pytest.mark.parametrize(
+    ("run", "place"), [*(("compiled", place) for place in PLACES), ("interpreted", PLACES[-1])]
+)
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_changes_nothing(dtype: Any, bad: float, place: int, run: str) -> None:
+    """Wherever it stands, and on whichever side: not one byte of the target is written for good."""
+    for alpha in (0.5, 1.0):
+        for spoil, code in (((1,), cpu.CAME_IN), ((0,), cpu.OWN), ((0, 1), cpu.OWN | cpu.CAME_IN)):
+            dst, src = (Guarded(PLACES[-1] + 1, dtype, 1, seed) for seed in (1, 2))
+            undo = np.zeros(PLACES[-1] + 1, dtype)
+            for side in spoil:
+                (dst, src)[side].array[place] = bad
+            before, source = dst.array.copy(), src.array.copy()
+            for function in (cpu.mix_whole, cpu.delta_whole):
+                each = function if run == "compiled" else function.py_func  # type: ignore[attr-defined]
+                dst.array[:] = before
+                with np.errstate(invalid="ignore"):
+                    found = each(dst.array, src.array, dtype(alpha), undo)
+                assert found == -code
+                kept = before if function is cpu.mix_whole else np.zeros_like(before)
+                assert (bits(dst.array) == bits(kept)).all()
+                assert (bits(src.array) == bits(source)).all()
+                assert dst.intact() and src.intact()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_values_are_mixed_unless_their_difference_overflows(dtype: Any) -> None:
+    large = np.finfo(dtype).max / 4
+    dst, src, undo = np.ones(100, dtype), np.ones(100, dtype), np.zeros(100, dtype)
+    src[7] = large
+    assert cpu.spoiled(dst, src) == 0
+    assert cpu.mix_whole(dst, src, dtype(0.5), undo) == np.inf  # its square overflows
+    assert dst[7] == large / 2 + dtype(0.5)
+    dst[8], src[8] = 3 * large, -3 * large
+    before = dst.copy()
+    assert cpu.mix_whole(dst, src, dtype(0.5), undo) == -cpu.CAME_IN
+    assert (bits(dst) == bits(before)).all()
+
+
+@pytest.mark.parametrize("run", ["compiled", "interpreted"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_distance_of(dtype: Any, run: str) -> None:
+    measure = cpu.distance_of if run == "compiled" else cpu.distance_of.py_func  # type: ignore[attr-defined]
+    dst, src = (Guarded(cpu.BLOCK + 9, dtype, 0, seed).array for seed in (1, 2))
+    found = measure(dst, src, dtype(0))
+    assert found == pytest.approx(squared_distance(dst, src), rel=TOLERANCE[dtype])
+    for array in (dst, src):
+        kept, array[-1] = array[-1], np.nan
+        assert not np.isfinite(measure(dst, src, dtype(0)))
+        array[-1] = kept
+    assert measure(dst[:0], src[:0], dtype(0)) == 0.0
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mix_of_equals_changes_nothing(dtype: Any) -> None:
     dst = Guarded(cpu.BLOCK + 3, dtype, 0, 1).array

@@ -11,8 +11,18 @@ REPOSITORY = Path(__file__).parents[1]
 
 # "name.*" is a package with all its modules; "name" is one module, or a package's __init__.
 FLOORS = {
-    0: ("errors", "schedule.*", "jit", "kernels.*", "store"),
-    1: ("ucp.abi", "ucp.lib", "rendezvous"),
+    0: (
+        "errors",
+        "schedule.*",
+        "jit",
+        "kernels.*",
+        "store",
+        "forks",
+        "segments",
+        "trust",
+        "quarantine",
+    ),
+    1: ("ucp.abi", "ucp.lib", "board", "greeting", "rendezvous", "members.*"),
     2: (
         "ucp",
         "ucp.ops",
@@ -34,8 +44,13 @@ FLOORS = {
 # A package's modules on one floor may import each other; beyond that, on one floor, only these.
 NEIGHBOURS = {
     "schedule": {"errors"},
+    "quarantine": {"errors"},
     "jit": {"errors"},
     "store": {"errors"},
+    "trust": {"errors"},
+    "forks": {"errors"},
+    "greeting": {"board"},
+    "rendezvous": {"board", "greeting"},
     "kernels": {"errors", "jit"},
     "channel": {"group"},
     "doctor": {"bench"},

@@ -23,12 +23,14 @@ from ucxgossip.mailbox import (
     signal_word,
 )
 from ucxgossip.ucp import Context, Endpoint, RemoteKey, Worker
+from ucxgossip.ucp.endpoint import MAX_BLOB
 
 layouts = st.builds(
     Layout,
     nbytes=st.integers(1, 1 << 40) | st.integers(1, 300),
     depth=st.integers(1, 64),
     chunk=st.integers(1, 1 << 22).map(lambda words: 8 * words) | st.just(8),
+    verify=st.booleans(),
 )
 some = settings(max_examples=100, deadline=None)
 
@@ -37,10 +39,16 @@ def parts(layout: Layout) -> list[tuple[int, int]]:
     """Start and end of everything that is written, in the order of their places."""
     words = 8 * layout.depth * layout.chunks
     starts = [layout.slots + i * layout.stride for i in range(layout.depth)]
+    ring = 8 * SIGNAL_RING
+    checks = [
+        (layout.checks, layout.checks + words),
+        (layout.out_checks, layout.out_checks + ring * layout.chunks),
+    ]
     return [
         *((start, start + layout.nbytes) for start in starts),
         (layout.signals, layout.signals + words),
-        (layout.outgoing, layout.outgoing + 8 * SIGNAL_RING),
+        (layout.outgoing, layout.outgoing + ring),
+        *(checks if layout.verify else []),
     ]
 
 
@@ -67,9 +75,14 @@ def test_chunks_cover_the_payload(layout: Layout) -> None:
 @some
 @given(layouts)
 def test_memory_is_depth_times_the_payload(layout: Layout) -> None:
-    """Beyond that: a word a chunk, a ring of words, a guard and rounding for each part."""
+    """Beyond that: a word a chunk, a ring of words, a guard and rounding for each part.
+
+    With checksums another word a chunk, and a ring of words for each chunk.
+    """
     extra = layout.total - layout.depth * (layout.nbytes + 8 * layout.chunks) - 8 * SIGNAL_RING
-    assert 0 < extra <= (layout.depth + 3) * (GUARD + ALIGNMENT)
+    if layout.verify:
+        extra -= 8 * layout.chunks * (layout.depth + SIGNAL_RING)
+    assert 0 < extra <= (layout.depth + 5) * (GUARD + ALIGNMENT)
 
 
 def test_layout_by_hand() -> None:
@@ -129,7 +142,14 @@ def context() -> Iterator[Context]:
         yield context
 
 
-SHAPES = [Layout(100, 2, 32), Layout(1, 1, 8), Layout(64, 3, 64), Layout(4097, 4, 1024)]
+SHAPES = [
+    Layout(100, 2, 32),
+    Layout(1, 1, 8),
+    Layout(64, 3, 64),
+    Layout(4097, 4, 1024),
+    Layout(100, 2, 32, verify=True),
+    Layout(4097, 4, 1024, verify=True),
+]
 shapes = pytest.mark.parametrize("layout", SHAPES, ids=str)
 
 
@@ -196,8 +216,8 @@ def test_description_makes_a_twin_reachable(
         mailbox.close()
 
 
-@pytest.mark.parametrize("length", [0, 1, 8, 15, 16])
-def test_description_that_is_too_short(length: int) -> None:
+@pytest.mark.parametrize("length", [0, 1, 8, 15, 16, 17 + MAX_BLOB])
+def test_description_of_a_length_that_cannot_be(length: int) -> None:
     with pytest.raises(ArgumentError, match=f"rank 5 published a mailbox of {length} bytes"):
         parse_description(bytes(length), Layout(100, 2, 32), rank=5)
 
@@ -208,3 +228,10 @@ def test_description_of_another_layout() -> None:
         parse_description(blob, Layout(100, 2, 32), rank=5)
     blob = (4096).to_bytes(8, "little") + (1152).to_bytes(8, "little") + b"key"
     assert parse_description(blob, Layout(100, 2, 32), rank=5) == (4096, b"key")
+
+
+@pytest.mark.parametrize("address", [0, (1 << 63) - 1152, 1 << 63, (1 << 64) - 1])
+def test_description_of_an_address_that_cannot_be(address: int) -> None:
+    blob = address.to_bytes(8, "little") + (1152).to_bytes(8, "little") + b"key"
+    with pytest.raises(ArgumentError, match=f"rank 5 published a mailbox at address {address:#x}"):
+        parse_description(blob, Layout(100, 2, 32), rank=5)

@@ -30,6 +30,11 @@ def test_rounds_are_exact(transport: str, ranks: int) -> None:
     assert run("rounds", transport, ranks) == {"wrong": 0}
 
 
+@pytest.mark.parametrize(("transport", "ranks"), [("tcp", 3), ("shm", 3)])
+def test_verified_rounds_are_exact(transport: str, ranks: int) -> None:
+    assert run("verified", transport, ranks) == {"wrong": 0}
+
+
 @pytest.mark.parametrize("transport", ["tcp", "shm"])
 @pytest.mark.parametrize("ranks", [8])
 def test_more_ranks_than_cores(transport: str, ranks: int) -> None:

@@ -11,6 +11,7 @@ import ucxgossip as ug
 from ucxgossip import errors, jit
 from ucxgossip.mixing import Collective, Held, InPlace, Meter, Nesterov, Outer, PushSum, Stale
 from ucxgossip.mixing.stream import array_of, registered
+from ucxgossip.quarantine import Quarantine
 from ucxgossip.schedule import BaseTwo, Dissemination, Hypercube, Rotated, Schedule
 
 Job = Callable[..., list[Any]]
@@ -257,3 +258,219 @@ def test_table_of_all_ranks(job: Job) -> None:
 
     for found in job(3, body):
         assert found.tolist() == [[r, 10 * r, (1 << 40) - 1] for r in range(3)]
+
+
+# --- values that are not finite ----------------------------------------------------------------
+
+
+def with_damage(size: int, rank: int, value: float = np.nan) -> np.ndarray:
+    values = dyadic(size)
+    values[rank, COUNT // 2] = value
+    return values
+
+
+@pytest.mark.parametrize("transport", ["tcp", "shm"])
+@pytest.mark.parametrize("kind", ["in place", "held", "stale", "stale gradients"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_damage_stays_where_it_is(job: Job, kind: str, bad: float, transport: str) -> None:
+    """Rank 2's values reach nobody in three periods, and the others still come together."""
+    size, values = 4, with_damage(4, 2, bad)
+
+    def body(group: ug.Group) -> tuple[np.ndarray, dict[int, int]]:
+        meter, schedule = Meter(), Dissemination(size)
+        common = (group, start(group, values), schedule, meter)
+        make: dict[str, Callable[[], Any]] = {
+            "in place": lambda: InPlace(*common),
+            "held": lambda: Held(*common),
+            "stale": lambda: Stale(*common, 1),
+            "stale gradients": lambda: Stale(*common, 1, before=False),
+        }
+        stream = make[kind]()
+        for _ in range(6):
+            stream.post()
+            stream.settle()
+            assert np.isfinite(stream.distance)
+        stream.finish()
+        return stream.array.copy(), meter.quarantine.counts
+
+    ends = job(size, body, transport)
+    for rank in (0, 1, 3):
+        found, counts = ends[rank]
+        sent = [Dissemination(size).round(rank, step).sender for step in range(6)]
+        assert np.isfinite(found).all()
+        assert counts == ({2: sent.count(2)} if 2 in sent else {})
+    found, counts = ends[2]
+    assert counts == {2: 6}
+    np.testing.assert_array_equal(found, values[2])
+
+
+@pytest.mark.parametrize("kind", [InPlace, Held])
+def test_raised_where_it_came_in_and_where_it_was_made(job: Job, kind: Any) -> None:
+    values = with_damage(2, 1)
+
+    def body(group: ug.Group) -> None:
+        meter = Meter(quarantine=Quarantine("raise"))
+        meter.quarantine.step = 5
+        stream = kind(group, start(group, values), Dissemination(2), meter, what="weights")
+        stream.post()
+        with pytest.raises(errors.NonFiniteError, match="weights") as caught:
+            stream.settle()
+        assert (caught.value.rank, caught.value.what, caught.value.step) == (1, "weights", 5)
+        np.testing.assert_array_equal(stream.array, values[group.rank])
+        group.agree("caught", {})
+        stream.array[:] = group.rank  # the round is over: the stream may go on
+        stream.post()
+        stream.settle()
+        assert (stream.array == 0.5).all()
+
+    job(2, body)
+
+
+@pytest.mark.parametrize("kind", [InPlace, Held])
+def test_allowed_it_spreads(job: Job, kind: Any) -> None:
+    def body(group: ug.Group) -> bool:
+        meter = Meter(quarantine=Quarantine("allow"))
+        stream = kind(group, start(group, with_damage(2, 1)), Dissemination(2), meter)
+        stream.post()
+        stream.settle()
+        assert meter.quarantine.counts == {}
+        return bool(np.isnan(stream.array).any())
+
+    assert job(2, body) == [True, True]
+
+
+def test_outer_leaves_out_and_goes_on_alone(job: Job) -> None:
+    def body(group: ug.Group) -> np.ndarray:
+        buffer, meter = registered(group, COUNT, FLOAT), Meter()
+        stream = Outer(group, buffer, Dissemination(2), meter, Nesterov(1.0, 0.0))
+        stream.begin()
+        array_of(buffer)[:] = 4.0
+        if group.rank:
+            array_of(buffer)[3] = np.nan
+        stream.post()
+        stream.wait()
+        assert meter.quarantine.counts == {1: 1}  # the change; the slow weights are whole still
+        if group.rank == 0:
+            assert (stream.array == 4.0).all()
+        stream.average(Collective(group, meter.quarantine))
+        stream.post()
+        stream.wait()
+        return stream.array.copy()
+
+    for found in job(2, body):
+        assert (found == 4.0).all()
+
+
+@pytest.mark.parametrize("transport", ["tcp", "shm"])
+def test_push_sum_drops_a_message_with_its_mass(job: Job, transport: str) -> None:
+    size, values = 4, with_damage(4, 2)
+
+    def body(group: ug.Group) -> tuple[np.ndarray, float, dict[int, int], np.ndarray, float]:
+        meter = Meter()
+        collective = Collective(group, meter.quarantine)
+        stream = PushSum(group, start(group, values), Dissemination(size), meter, collective)
+        for _ in range(5 + 3 * group.rank):
+            stream.post()
+        stream.finish()
+        weighted, mass = stream.mass * stream.array, stream.mass
+        counts = dict(meter.quarantine.counts)
+        stream.average(collective)
+        assert stream.mass == 1.0
+        return weighted, mass, counts, stream.array.copy(), stream.distance
+
+    ends = job(size, body, transport)
+    healthy = (0, 1, 3)
+    masses = [ends[rank][1] for rank in healthy]
+    assert 1.0 < sum(masses) < size - 0.1  # rank 2's own, and at most what lay in its slots
+    expected = sum(ends[rank][0] for rank in healthy) / sum(ends[rank][1] for rank in healthy)
+    for rank, (weighted, _, counts, found, distance) in enumerate(ends):
+        assert np.isfinite(weighted).all() == (rank != 2)
+        assert set(counts) <= {2}
+        assert np.isfinite(distance)
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert ends[2][2] and any(ends[rank][2] for rank in healthy)
+
+
+def test_a_damaged_rank_does_not_drain_push_sum(job: Job) -> None:
+    """Its partners find its slots full and keep their mass, for as many steps as there are."""
+    values = with_damage(2, 1)
+
+    def body(group: ug.Group) -> tuple[float, int]:
+        meter = Meter()
+        stream = PushSum(group, start(group, values), Dissemination(2), meter, Collective(group))
+        for step in range(200):
+            stream.post()
+            stream.wait()
+            if step % 10 == 0:
+                group.agree(f"step {step}", {})
+        mass = stream.mass
+        group.agree("over", {})
+        return mass, meter.skipped
+
+    (mass, skipped), _ = job(2, body)
+    assert mass == 0.25  # two messages lie in the two slots
+    assert skipped == 198
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_exact_mean_is_of_those_that_are_finite(job: Job, size: int) -> None:
+    """And the damaged rank gets it too; with everyone damaged, nothing changes."""
+    values = with_damage(size, 1)
+
+    def body(group: ug.Group) -> tuple[np.ndarray, np.ndarray, float, dict[int, int]]:
+        collective = Collective(group, Quarantine())
+        array = values[group.rank].copy()
+        assert np.isnan(collective.consensus_distance([array]))
+        collective.average(array)
+        every = np.full(8, group.rank, np.float32)
+        every[group.rank] = np.inf
+        collective.average(every)
+        weighed = np.full(8, 1.0 + group.rank)
+        collective.average(weighed, mass=1.0 + group.rank)
+        return array, every, float(weighed[0]), collective.quarantine.counts
+
+    healthy = [rank for rank in range(size) if rank != 1]
+    masses = 1.0 + np.arange(size)
+    for rank, (found, every, weighed, counts) in enumerate(job(size, body)):
+        np.testing.assert_allclose(found, values[healthy].mean(axis=0), atol=1e-10)
+        assert every.tolist() == [np.inf if i == rank else rank for i in range(8)]
+        assert weighed == pytest.approx((masses**2).sum() / masses.sum())
+        assert counts == {rank: 1 + (rank == 1)}
+
+
+def test_exact_mean_that_raises_or_allows(job: Job) -> None:
+    values = with_damage(2, 1)
+
+    def body(group: ug.Group) -> None:
+        plain = values[group.rank].copy()
+        Collective(group).average(plain)
+        assert np.isnan(plain).sum() == 1
+        array = values[group.rank].copy()
+        collective = Collective(group, Quarantine("raise"))
+        if group.rank == 1:
+            with pytest.raises(errors.NonFiniteError, match="its own part of a mean"):
+                collective.average(array)
+        else:
+            collective.average(array)
+        np.testing.assert_array_equal(array, values[0])
+        group.agree("over", {})
+
+    job(2, body)
+
+
+@pytest.mark.parametrize(("mass", "grown"), [(1.0, 1.0), (4.0, 0.25), (0.5, 2.0), (0.01, 4.0)])
+def test_push_sum_divides_updates_by_mass(store: Any, mass: float, grown: float) -> None:
+    """As the paper's step on x = m z, by no more than four times; several steps count as one."""
+    with ug.join(0, 1, store) as group:
+        buffer = registered(group, 3, np.dtype(np.float64))
+        stream = PushSum(group, buffer, Dissemination(1), Meter(), Collective(group))
+        array = array_of(buffer)
+        array[:] = 8.0
+        stream.mass = mass
+        for _ in range(2):
+            stream.settle()
+            array += 0.5
+        stream.post()
+        assert (array == 8.0 + grown).all()
+        stream.post()  # nothing was changed since
+        assert (array == 8.0 + grown).all()

@@ -238,10 +238,11 @@ def test_more_batches_than_len_said(job: Job, lengths: tuple[int, int]) -> None:
         shuffled, events = watched(group, Sized(shard(group.rank, full(6)), lengths[group.rank]))
         watch(shuffled, events)
 
-    liar, other = job(2, body, raw=True)
-    assert isinstance(liar, errors.ArgumentError)
-    assert "len(loader) is 3, but the loader gives more" in str(liar)
-    assert isinstance(other, errors.PeerError | errors.ArgumentError)
+    ends = job(2, body, raw=True)
+    assert all(isinstance(end, errors.PeerError | errors.ArgumentError) for end in ends)
+    liars = [end for end in ends if isinstance(end, errors.ArgumentError)]
+    assert liars and (lengths == (3, 3) or liars == ends[:1])  # of two, one may hear of the other
+    assert all("len(loader) is 3, but the loader gives more" in str(liar) for liar in liars)
 
 
 def test_len_is_what_comes_in(job: Job) -> None:
@@ -374,7 +375,7 @@ def test_the_next_batch_is_under_way_before_this_one_is_yielded(job: Job) -> Non
             ready = min(step + 2, steps)
             assert loaded == list(range(ready))
             assert shuffled._ring is not None
-            assert shuffled._ring.mailbox.round == sum(1 for b in range(ready) if b % size)
+            assert shuffled._ring.mailbox.round == ready
         assert step == steps - 1
 
     job(size, body)
@@ -388,8 +389,8 @@ def test_what_is_sent_is_not_overwritten_by_the_next(
     ready = threading.Event()
     prepare = Ring.prepare
 
-    def watched_prepare(ring: Ring, step: int, distance: int, batch: Any) -> None:
-        prepare(ring, step, distance, batch)
+    def watched_prepare(ring: Ring, step: int, batch: Any) -> None:
+        prepare(ring, step, batch)
         if (ring.group.rank, step) == (0, 2):
             ready.set()
 
@@ -674,7 +675,7 @@ def test_later_batches_that_differ(job: Job, later: Any, message: str, where: in
                 got += 1
         assert got == where - 1
         assert shuffled._ring is not None
-        assert shuffled._ring.mailbox.round == where // 2  # nothing of it was posted
+        assert shuffled._ring.mailbox.round == where  # nothing of it was posted
         assert intact(group)
 
     job(2, body)

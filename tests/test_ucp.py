@@ -616,6 +616,20 @@ def test_use_after_close(handles: dict[str, Any], use: str) -> None:
         call(handles)
 
 
+@pytest.mark.parametrize("blob", [b"", bytes(65537), "text", None, bytearray(8)], ids=range(5))
+def test_blob_that_cannot_be_one_never_reaches_libucp(
+    loop: SimpleNamespace, blob: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    library = type(loop.worker.library)
+    monkeypatch.setattr(library, "__call__", lambda self, name, *rest: calls.append(name))
+    with pytest.raises(ArgumentError, match="a worker address of .* must be 1 to 65536 bytes"):
+        Endpoint(loop.worker, blob)
+    with pytest.raises(ArgumentError, match="a packed key of"):
+        RemoteKey(loop.endpoint, blob)
+    assert calls == []
+
+
 def test_abandoned_endpoint_goes_with_its_worker(handles: dict[str, Any]) -> None:
     handles["endpoint"].abandon()
     handles["endpoint"].close()

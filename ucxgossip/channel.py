@@ -9,6 +9,7 @@ could use); slots handed out on request (two more latencies a round).
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from numpy.typing import NDArray
@@ -31,10 +32,37 @@ class Channel:
     def __init__(
         self, group: Group, nbytes: int, to: int | None, sender: int | None, depth: int = 2
     ) -> None:
+        for name, rank in (("to", to), ("sender", sender)):
+            if rank is not None and (rank == group.rank or not 0 <= rank < group.size):
+                raise ArgumentError(
+                    f"channel: {name} is {rank!r}; must be None or one of the other "
+                    f"{group.size - 1} ranks"
+                )
         self.group, self.to, self.sender = group, to, sender
         channel.prepare()
         self.mailbox = group.mailbox(nbytes, depth)
         self.taken = 0
+        self._verified = 0
+        group.count_taken(self.mailbox, lambda: self.taken)
+        self._open()
+        if to is not None:
+            self._wait(lambda: self._credited(depth - 1), to, "to open its slots", group.timeout)
+
+    def _open(self) -> None:
+        """Make the endpoints and hand out the credits of the first messages."""
+        if self.to is not None:
+            self.group.reach(self.to, self.mailbox)
+        if self.sender is not None and self.group.reach(self.sender, self.mailbox):
+            for number in range(self.taken, self.taken + self.mailbox.layout.depth):
+                self.group.grant(self.mailbox, self.sender, number)
+
+    def follow(self, to: int | None, sender: int | None) -> None:
+        """Begin anew after a change of members: what was not read is lost (`Group.left_behind`)."""
+        with self.group.steady():
+            self.to, self.sender = to, sender
+            self.mailbox.round = self.taken = self._verified = self.mailbox.base
+            self.mailbox.drop_retired()
+        self._open()
 
     @property
     def sent(self) -> int:
@@ -54,15 +82,15 @@ class Channel:
         """Whether a put would find its slot free now."""
         if self.to is None or self.busy:
             return False
-        number, depth = self.mailbox.round, self.mailbox.layout.depth
-        credit = int(self.mailbox.credits[number & (CREDIT_WINDOW - 1)])
-        return number < depth or credit == number + 1
+        return self._credited(self.mailbox.round)
+
+    def _credited(self, number: int) -> bool:
+        return int(self.mailbox.credits[number & (CREDIT_WINDOW - 1)]) == number + 1
 
     def put(self, source: Buffer) -> None:
         """Put one message; call it only when `free`, and leave the source alone while `busy`."""
         if self.to is None:
             raise ArgumentError("this rank puts nothing into this channel; it has no `to`")
-        self.group.reach(self.to, self.mailbox)
         what = Post(
             source=source.address,
             target=source.address,
@@ -71,20 +99,24 @@ class Channel:
             sender=-1,
             operation=w.COPY,
             source_param=source.param,
-            need_credit=int(self.sent >= self.mailbox.layout.depth),
         )
         self.group.engine.post(self.mailbox, what)
         self.mailbox.in_flight = (source.owner,)
 
     @property
     def arrived(self) -> bool:
-        """Whether a whole message waits to be read."""
+        """Whether a whole message waits to be read; `IntegrityError` if it is corrupt."""
         if self.sender is None:
             return False
-        nbytes = self.mailbox.layout.nbytes
-        return bool(
-            channel.complete(self.group.engine.words, self.mailbox.index, self.taken, nbytes)
-        )
+        what = (self.group.engine.words, self.mailbox.index, self.taken, self.mailbox.layout.nbytes)
+        if not channel.complete(*what):
+            return False
+        if self.group.verify and self._verified <= self.taken:
+            chunk = int(channel.first_corrupt(*what))
+            if chunk >= 0:
+                self.group.fail_corrupt(self.mailbox, self.sender, self.taken, chunk)
+            self._verified = self.taken + 1
+        return True
 
     def view(self, dtype: Any, count: int, offset: int = 0) -> NDArray[Any]:
         """The oldest message that waits, from byte `offset` on; valid until `release`."""
@@ -96,28 +128,37 @@ class Channel:
         """Give the slot of the oldest message back to the sender."""
         if self.sender is None:
             raise ArgumentError("nobody puts into this channel here; it has no `sender`")
-        self.group.reach(self.sender, self.mailbox)
         following = self.taken + self.mailbox.layout.depth
         self.taken += 1
         self.group.grant(self.mailbox, self.sender, following)
 
     def wait_sent(self) -> None:
-        """Wait until the last put has left its source."""
+        """Wait until the last put has left its source, or was broken off."""
         if self.sent:
             self.group.wait(self.mailbox)
 
-    def wait_arrived(self, timeout: float) -> None:
-        """Wait for a message; `ExchangeTimeoutError` after `timeout` seconds, errors of others."""
-        start = time.monotonic()
-        while not self.arrived:
+    def wait_arrived(self, timeout: float) -> bool:
+        """Wait for a message; False if the members change before it comes.
+
+        `ExchangeTimeoutError` after `timeout` seconds, errors of others.
+        """
+        sender = -1 if self.sender is None else self.sender
+        return self._wait(lambda: self.arrived, sender, f"to put message {self.taken}", timeout)
+
+    def _wait(self, condition: Callable[[], bool], rank: int, what: str, timeout: float) -> bool:
+        start, epoch = time.monotonic(), self.group.epoch
+        while not condition():
             jit.yield_cpu()
             self.group.look_around()
-            now = time.monotonic()
-            if now - start > timeout:
+            if self.group.epoch != epoch:
+                return False
+            waited = time.monotonic() - start
+            if waited > timeout:
                 raise ExchangeTimeoutError(
-                    f"rank {self.group.rank} waited {now - start:.1f} s for rank {self.sender} to "
-                    f"put message {self.taken} of mailbox {self.mailbox.index}. Is it alive?",
-                    -1 if self.sender is None else self.sender,
-                    f"to put message {self.taken}",
-                    now - start,
+                    f"rank {self.group.rank} waited {waited:.1f} s for rank {rank} {what} of "
+                    f"mailbox {self.mailbox.index}. Is it alive?",
+                    rank,
+                    what,
+                    waited,
                 )
+        return True

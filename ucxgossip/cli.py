@@ -1,14 +1,17 @@
-"""The command line: ``ucxgossip doctor``, ``schedules``, ``bench put``, ``exchange``, ``train``."""
+"""The command line: ``ucxgossip doctor``, ``schedules``, ``run``, ``token`` and ``bench``."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ucxgossip.bench.table import parse_sizes, write_json
 from ucxgossip.errors import ArgumentError, GossipError
+from ucxgossip.trust import TOKEN, TOKEN_FILE, new_token
 from ucxgossip.ucp.context import TRANSPORTS
 
 Result = tuple[dict[str, object], list[dict[str, Any]]]
@@ -17,7 +20,7 @@ Result = tuple[dict[str, object], list[dict[str, Any]]]
 def _doctor(options: argparse.Namespace) -> Result:
     from ucxgossip import doctor
 
-    return doctor.run(options.transport)
+    return doctor.run(options.transport, options.remove_stale)
 
 
 def _bench_put(options: argparse.Namespace) -> Result:
@@ -41,6 +44,21 @@ def _schedules(options: argparse.Namespace) -> Result:
     return topology.run(_whole("--ranks", options.ranks, "2,4,8"), options.markdown)
 
 
+def _bench_stragglers(options: argparse.Namespace) -> Result:
+    from ucxgossip.bench import stragglers
+
+    methods = _names(stragglers.METHODS if options.methods is None else options.methods)
+    return stragglers.run(
+        options.transport,
+        options.ranks,
+        options.slow,
+        methods,
+        options.compute,
+        options.steps,
+        options.repeats,
+    )
+
+
 def _bench_train(options: argparse.Namespace) -> Result:
     from ucxgossip.bench import train, train_plan
 
@@ -59,6 +77,25 @@ def _bench_train(options: argparse.Namespace) -> Result:
         options.simulate,
     )
     return train.run(plan, options.transport, options.plot)
+
+
+def _token(options: argparse.Namespace) -> Result:
+    print(new_token())
+    return {}, []
+
+
+def run(arguments: Sequence[str]) -> int:
+    """torchrun, with a token in the environment of the job; returns when the job has ended well.
+
+    Hosts would each make another one, so a job of several gets none: it needs a token that is set
+    on all of them, or a home directory that they share.
+    """
+    torchrun: Any = importlib.import_module("torch.distributed.run")
+    host_alone = torchrun.parse_min_max_nnodes(torchrun.parse_args(arguments).nnodes) == (1, 1)
+    if host_alone and TOKEN not in os.environ and TOKEN_FILE not in os.environ:
+        os.environ[TOKEN] = new_token()
+    torchrun.main(arguments)
+    return 0
 
 
 def _names(text: str) -> list[str]:
@@ -91,6 +128,11 @@ def parser() -> argparse.ArgumentParser:
         "emulated and whether the target must progress, and measure puts between two processes.",
     )
     _common(doctor, _doctor)
+    doctor.add_argument(
+        "--remove-stale",
+        action="store_true",
+        help="remove the shared memory that killed processes of yours left in /dev/shm",
+    )
 
     schedules = commands.add_parser(
         "schedules",
@@ -105,6 +147,7 @@ def parser() -> argparse.ArgumentParser:
     schedules.add_argument("--ranks", default=ranks, help=f"numbers of ranks (default: {ranks})")
     schedules.add_argument("--markdown", action="store_true", help="print a Markdown table")
 
+    _launching(commands)
     bench = commands.add_parser("bench", help="measure, beside the peers")
     benches = bench.add_subparsers(required=True, metavar="WHAT")
 
@@ -128,7 +171,62 @@ def parser() -> argparse.ArgumentParser:
     )
     _repeats(exchange, repeats=9, seconds=0.2)
     _train(benches)
+    _stragglers(benches)
     return top
+
+
+def _stragglers(benches: Any) -> None:
+    stragglers = benches.add_parser(
+        "stragglers",
+        help="what one slow rank costs the others",
+        description="Train LeNet on digits by each method, with one rank slower than the others "
+        "and without, in turn in the same processes, and compare the step times of the others. "
+        "Compute is a pause on a timer, which takes no core. Columns: step times without and with "
+        "the slow rank; its cost to the others, median, least and most of the repeats; accuracy of "
+        "the others without and with it, and its own; its push-sum mass (1: as all); the share of "
+        "rounds left out.",
+    )
+    _common(stragglers, _bench_stragglers)
+    stragglers.add_argument("--ranks", type=int, default=4, help="processes (default: 4)")
+    stragglers.add_argument(
+        "--slow", type=float, default=5.0, help="how many times slower (default: 5)"
+    )
+    stragglers.add_argument(
+        "--methods", help="as for bench train (default: allreduce and the main modes of gossip)"
+    )
+    stragglers.add_argument(
+        "--compute", type=float, default=20.0, help="ms of compute a step (default: 20)"
+    )
+    stragglers.add_argument(
+        "--steps", type=int, default=40, help="steps of a method in one repeat (default: 40)"
+    )
+    stragglers.add_argument(
+        "--repeats", type=int, default=5, help="interleaved repeats (default: 5)"
+    )
+
+
+def _launching(commands: Any) -> None:
+    start = commands.add_parser(
+        "run",
+        help="torchrun, with a token that only this job knows",
+        description="Start a script as torchrun does, with a fresh token in the environment of "
+        f"its ranks ({TOKEN}), unless one is set there, or {TOKEN_FILE} is. By the token ranks "
+        "know each other; docs/security.md says against whom it protects. A job of several hosts "
+        "(--nnodes) needs the same token on all: set one that `ucxgossip token` has printed, or "
+        "let them share a home directory.",
+        epilog="Example: ucxgossip run --standalone --nproc-per-node 4 train.py. All options are "
+        "torchrun's: torchrun --help lists them.",
+    )
+    start.add_argument("arguments", nargs="*", metavar="...", help="what torchrun takes")
+
+    token = commands.add_parser(
+        "token",
+        help="print a new token",
+        description=f"Print a new token, 32 random bytes in hexadecimal, for {TOKEN} on every host "
+        f"of a job, or for a file that only you may read, named by {TOKEN_FILE}: "
+        "(umask 077; ucxgossip token > token).",
+    )
+    token.set_defaults(action=_token)
 
 
 def _train(benches: Any) -> None:
@@ -212,7 +310,13 @@ def _repeats(command: argparse.ArgumentParser, repeats: int, seconds: float) -> 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 when it measured what it says, 2 with a message otherwise."""
-    options = parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["run"] and given[1:2] not in (["-h"], ["--help"], []):
+        # argparse would take torchrun's options for ours.
+        return run(given[2:] if given[1] == "--" else given[1:])
+    options = parser().parse_args(given)
+    if not hasattr(options, "action"):
+        parser().error("run: what? Give torchrun's options and a script")
     try:
         transport = getattr(options, "transport", "auto")  # schedules has none
         if transport not in TRANSPORTS:
@@ -220,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"unknown transport {transport!r}; choose one of {', '.join(TRANSPORTS)}"
             )
         facts, rows = options.action(options)
-        if options.json:
+        if getattr(options, "json", None):
             write_json(options.json, facts, rows)
     except GossipError as error:
         print(f"ucxgossip: {type(error).__name__}: {error}", file=sys.stderr)

@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ucxgossip import segments
 from ucxgossip.bench.environment import environment
 from ucxgossip.bench.pair import Pair
 from ucxgossip.bench.table import Column, Table
@@ -37,8 +38,13 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _PROBE_S = 120.0
 
 
-def run(transport: str) -> tuple[dict[str, object], list[dict[str, Any]]]:
-    """Print the report, return (environment, rows); a row for each size."""
+def run(
+    transport: str, remove_stale: bool = False
+) -> tuple[dict[str, object], list[dict[str, Any]]]:
+    """Print the report, return (environment, rows); a row for each size.
+
+    remove_stale: remove the segments of shared memory that killed processes left.
+    """
     library = lib.load()
     facts = environment(".".join(map(str, library.version)), library.path)
     facts |= {
@@ -48,6 +54,8 @@ def run(transport: str) -> tuple[dict[str, object], list[dict[str, Any]]]:
     }
     found = _probe(transport)
     facts |= found["facts"]
+    left = segments.stale()
+    facts["stale_segments"] = len(left)
     table = Table(COLUMNS)
     table.header("ucxgossip doctor: puts between two processes of this machine", facts)
     rows: list[dict[str, Any]] = found["rows"]
@@ -55,7 +63,23 @@ def run(transport: str) -> tuple[dict[str, object], list[dict[str, Any]]]:
         table.row(row | {"emulated": {True: "yes", False: "no", None: None}[row["emulated"]]})
     for advice in advise(facts, rows):
         print(f"# {advice}")
+    _report(left, remove_stale)
     return facts, rows
+
+
+def _report(left: list[segments.Segment], remove: bool) -> None:
+    """Say which segments killed processes left behind, and remove them if asked to."""
+    if not left:
+        return
+    size = sum(segment.nbytes for segment in left)
+    print(f"# Shared memory that killed processes left: {len(left)} files, {size} bytes:")
+    for segment in left:
+        print(f"#   {segment.path}")
+    if remove:
+        segments.remove(left)
+        print("# They are removed.")
+    else:
+        print("# `ucxgossip doctor --remove-stale` removes them.")
 
 
 def advise(facts: dict[str, object], rows: list[dict[str, Any]]) -> list[str]:

@@ -4,6 +4,7 @@ GossipError
  +-- ArgumentError (ValueError)          an argument that cannot be served
  |    +-- ArrayError                     an array or tensor: layout, dtype, device, size
  |    +-- ScheduleError                  a schedule that does not fit the group
+ |    +-- TokenError                     a token too short, or in a file that others may read
  +-- LibraryError (ImportError)          libucp
  |    +-- LibraryNotFoundError           no libucp on this machine
  |    +-- LibrarySymbolError             a libucp that lacks a function we call
@@ -12,10 +13,15 @@ GossipError
  |    +-- PortInUseError                 another program listens on MASTER_PORT
  |    +-- RankMissingError (TimeoutError)    who did not come, and after how long
  |    +-- MismatchError                  ranks disagree; the same message on every rank
+ |    +-- SignatureError                 something not signed with the job's token
  +-- ExchangeError (RuntimeError)        a round that did not end well
  |    +-- ExchangeTimeoutError (TimeoutError)  who was waited for, for what, how long
  |    +-- PeerError                      another rank left with an error
+ |    +-- ExpelledError                  the others go on without this rank
+ |    +-- NonFiniteError                 NaN or Inf in what was to be mixed
+ |    +-- IntegrityError                 a chunk is not what its checksum says
  +-- ClosedError (RuntimeError)          use after close()
+ +-- ForkError (RuntimeError)            use in a forked child of what its parent made
  +-- ModelError (ValueError)             a model or optimizer that cannot be attached
  |    +-- AlreadyAttachedError           attach() twice
  |    +-- SparseGradientError            a sparse gradient
@@ -55,6 +61,10 @@ class ArrayError(ArgumentError):
 
 class ScheduleError(ArgumentError):
     """A schedule that does not fit the group."""
+
+
+class TokenError(ArgumentError):
+    """The job's token cannot be used: too short, or in a file that is not this user's alone."""
 
 
 class LibraryError(GossipError, ImportError):
@@ -100,6 +110,10 @@ class MismatchError(RendezvousError):
     """The ranks disagree on something all must share; every rank gets the same message."""
 
 
+class SignatureError(RendezvousError):
+    """Something in the job's store is not signed with the job's token."""
+
+
 class ExchangeError(GossipError, RuntimeError):
     """A round did not end well."""
 
@@ -120,8 +134,39 @@ class PeerError(ExchangeError):
         super().__init__(message)
 
 
+class ExpelledError(ExchangeError):
+    """The others go on without this rank: it was taken for dead, or cannot hear enough of them."""
+
+
+class NonFiniteError(ExchangeError):
+    """NaN or Inf in what was to be mixed; the values that it would have met are as they were.
+
+    Attributes: `rank` whose values they are; `what`, the kind of payload; `step`: how many
+    optimizer steps were done when it was noticed, or the round of ``group.exchange``.
+    """
+
+    def __init__(self, message: str, rank: int, what: str, step: int) -> None:
+        self.rank, self.what, self.step = rank, what, step
+        super().__init__(message)
+
+
+class IntegrityError(ExchangeError):
+    """A chunk is not what its checksum says; it was not mixed.
+
+    Attributes: `rank` that put it, `mailbox`, `round` and `chunk`, all counted from 0.
+    """
+
+    def __init__(self, message: str, rank: int, mailbox: int, round: int, chunk: int) -> None:
+        self.rank, self.mailbox, self.round, self.chunk = rank, mailbox, round, chunk
+        super().__init__(message)
+
+
 class ClosedError(GossipError, RuntimeError):
     """Something was used after its close()."""
+
+
+class ForkError(GossipError, RuntimeError):
+    """A forked child used what its parent made, or UCX after its parent; nothing was touched."""
 
 
 class ModelError(GossipError, ValueError):

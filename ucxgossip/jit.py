@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import os
 import select
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -192,6 +193,7 @@ def _viewer(dtype: Any) -> Callable[[int, int], Any]:
 
 
 view_words = _viewer(np.int64)
+view_unsigned = _viewer(np.uint64)
 view_bytes = _viewer(np.uint8)
 view_float32 = _viewer(np.float32)
 view_float64 = _viewer(np.float64)
@@ -303,7 +305,20 @@ def _drain(descriptor: int) -> None:
     _read(descriptor, _scratch(), 8)
 
 
+def write_word(descriptor: int, value: int) -> None:
+    """write(2) of one int64; what a descriptor that is full or closed does not take is dropped."""
+    with suppress(OSError):
+        os.write(int(descriptor), int(value).to_bytes(8, sys.byteorder, signed=True))
+
+
+def _write_word(descriptor: int, value: int) -> None:
+    space = _scratch()
+    numba.carray(space, (1,), np.int64)[0] = value
+    _write(descriptor, space, 8)
+
+
 compiled_as(now_ns, _now_ns)
+compiled_as(write_word, _write_word)
 compiled_as(yield_cpu, lambda: _sched_yield())
 compiled_as(wait_readable, _wait_readable)
 compiled_as(kick, _kick)

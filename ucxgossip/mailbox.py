@@ -30,6 +30,7 @@ from ucxgossip import jit
 from ucxgossip.errors import ArgumentError
 from ucxgossip.schedule import Round
 from ucxgossip.ucp.context import Context
+from ucxgossip.ucp.endpoint import MAX_BLOB
 from ucxgossip.ucp.memory import MemoryRegion, RemoteKey
 
 ALIGNMENT = 64
@@ -56,12 +57,13 @@ class Layout:
     """Where the parts of a mailbox stand in its region; equal on all ranks.
 
     nbytes: largest payload of a round. depth: slots. chunk: bytes of payload that are put,
-    signalled and mixed at a time.
+    signalled and mixed at a time. verify: a checksum travels with each chunk.
     """
 
     nbytes: int
     depth: int
     chunk: int
+    verify: bool = False
 
     def __post_init__(self) -> None:
         for name in ("nbytes", "depth", "chunk"):
@@ -103,18 +105,33 @@ class Layout:
         return self.signals + _align(8 * self.depth * self.chunks) + GUARD
 
     @property
+    def checks(self) -> int:
+        """Offset of the checksums that others put, depth x chunks; with `verify` only."""
+        return self.outgoing + _align(8 * SIGNAL_RING) + GUARD
+
+    @property
+    def out_checks(self) -> int:
+        """Offset of the checksums that this rank puts, chunks of them for each of SIGNAL_RING
+        rounds; they stay as long as the words at `outgoing` do.
+        """
+        return self.checks + _align(8 * self.depth * self.chunks) + GUARD
+
+    @property
     def total(self) -> int:
         """Bytes of the region."""
-        return self.outgoing + _align(8 * SIGNAL_RING) + GUARD
+        if not self.verify:
+            return self.checks
+        return self.out_checks + _align(8 * SIGNAL_RING * self.chunks) + GUARD
 
 
 class Mailbox:
     """One stream of rounds: a region laid out by `layout`, and where its twins stand elsewhere.
 
     `index` is its row in the engine's table, `round` the number of the next round, `base` that of
-    the first since the last restart, `ahead` this rank's parts, by step, in rounds whose writer
-    has its credit already. `in_flight` keeps the memory of the last round alive, which a put or a
-    mix may touch until the next one is posted.
+    the first since the last restart or change of members (a rank that has not come so far yet
+    passes over the rounds before: `alone` says that it did with the last one). `ahead`: this
+    rank's parts, by step, in rounds whose writer has its credit already. `in_flight` keeps the
+    memory of the last round alive, which a put or a mix may touch until the next one is posted.
     """
 
     def __init__(self, context: Context, layout: Layout, size: int) -> None:
@@ -126,10 +143,35 @@ class Mailbox:
         self.index = -1
         self.round = 0
         self.base = 0
+        self.alone = False
+        self.retired: list[MemoryRegion] = []
         self.ahead: dict[int, Round] = {}
         self.in_flight: tuple[object, ...] = ()
+        self._lay_out()
+
+    def _lay_out(self) -> None:
         for guard in self._guards():
             guard[:] = GUARD_BYTE
+
+    def renew(self, elsewhere: bool) -> None:
+        """Forget the twins, their credits and what they put; the endpoints are closed already.
+
+        elsewhere: in a new region, because a rank that was taken for dead may still store into the
+        old one. That one stays mapped, for views of it, until the next post.
+        """
+        self.keys.clear()
+        self.peers[:] = 0
+        self.credits[:] = 0
+        self.ahead.clear()
+        if elsewhere:
+            self.retired.append(self.region)
+            self.region = MemoryRegion(self.region.context, nbytes=self.layout.total)
+            self._lay_out()
+
+    def drop_retired(self) -> None:
+        """Release the regions that `renew` left; no view of them is in use any more."""
+        while self.retired:
+            self.retired.pop().close()
 
     def _guards(self) -> list[NDArray[np.uint8]]:
         """Every byte of the region that belongs to no slot and no word."""
@@ -137,6 +179,9 @@ class Mailbox:
         ends = [(layout.slots + i * layout.stride, layout.nbytes) for i in range(layout.depth)]
         ends.append((layout.signals, 8 * layout.depth * layout.chunks))
         ends.append((layout.outgoing, 8 * SIGNAL_RING))
+        if layout.verify:
+            ends.append((layout.checks, 8 * layout.depth * layout.chunks))
+            ends.append((layout.out_checks, 8 * SIGNAL_RING * layout.chunks))
         position = 0
         for start, length in ends:
             parts.append(self.region.bytes[position:start])
@@ -167,16 +212,22 @@ class Mailbox:
             key.close()
         self.keys.clear()
         self.peers[:] = 0
+        self.drop_retired()
         self.region.close()
 
 
 def parse_description(blob: bytes, layout: Layout, rank: int) -> tuple[int, bytes]:
     """Address and packed key out of what `rank` published; `ArgumentError` if it does not fit."""
-    if len(blob) <= _BLOB.size:
-        raise ArgumentError(f"rank {rank} published a mailbox of {len(blob)} bytes; too short")
+    if not _BLOB.size < len(blob) <= _BLOB.size + MAX_BLOB:
+        raise ArgumentError(
+            f"rank {rank} published a mailbox of {len(blob)} bytes; must be {_BLOB.size + 1} to "
+            f"{_BLOB.size + MAX_BLOB}"
+        )
     address, total = _BLOB.unpack_from(blob)
     if total != layout.total:
         raise ArgumentError(
             f"rank {rank} has a mailbox of {total} bytes where this rank has {layout.total}"
         )
+    if not 0 < address < (1 << 63) - total:  # addresses are words of int64
+        raise ArgumentError(f"rank {rank} published a mailbox at address {address:#x}")
     return address, blob[_BLOB.size :]

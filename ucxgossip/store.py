@@ -2,16 +2,29 @@
 
 torch's TCPStore by default (torchrun starts one anyway, and it is the only thing taken from torch
 below the hook), or anything with the five methods of `Store`.
+
+The timeouts of torch's client end only waits for keys: when the process that serves the store is
+stopped, or its host is, every call of the client waits for an answer for ever (2.13, tried with
+SIGSTOP). So each call is made in a thread of its own, which is left behind when it does not return
+(`Bounded`). Calls are rare; a thread costs them about 50 us.
 """
 
 from __future__ import annotations
 
 import os
+import socket
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ucxgossip.errors import ArgumentError, PortInUseError, RendezvousError
+
+_CONNECT_GRACE = 5.0
+"""Seconds beyond its own timeout that torch's store may take to connect."""
+
+T = TypeVar("T")
 
 
 class Store(Protocol):
@@ -59,6 +72,28 @@ class Place:
         local = _whole("LOCAL_WORLD_SIZE", size if host in ("127.0.0.1", "localhost") else 1)
         return cls(rank, size, host or "127.0.0.1", _whole("MASTER_PORT", 29500), local)
 
+    def own_host(self) -> str:
+        """The address at which the other ranks reach this host; UCXGOSSIP_HOST goes first.
+
+        On one host the loopback address; else the one from which packets go to MASTER_ADDR.
+        """
+        chosen = os.environ.get("UCXGOSSIP_HOST")
+        if chosen:
+            return chosen
+        if self.host in ("127.0.0.1", "localhost", "::1") or self.local_size == self.size:
+            return "127.0.0.1"
+        found = _source_address(self.host)
+        # A host's own name often stands for a loopback address in its hosts file.
+        return found if not found.startswith("127.") else _source_address("192.0.2.1")
+
+
+def _source_address(towards: str) -> str:
+    """The address that this host would send from; connecting a datagram socket sends nothing."""
+    family, _, _, _, target = socket.getaddrinfo(towards, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)
+        return str(probe.getsockname()[0])
+
 
 def _whole(name: str, default: int) -> int:
     text = os.environ.get(name)
@@ -81,15 +116,30 @@ def open_store(place: Place, timeout: float) -> Store:
     tcp_store: Any = vars(dist)["TCPStore"]  # which torch.distributed does not export by name
 
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    try:
+
+    serves = place.rank == 0 and not agent
+
+    def connect() -> Store:
+        listener = _listen(place) if serves else None
         store: Store = tcp_store(
             place.host,
             place.port,
-            is_master=place.rank == 0 and not agent,
+            is_master=serves,
             timeout=timedelta(seconds=timeout),
             wait_for_workers=False,
             multi_tenant=True,
+            master_listen_fd=None if listener is None else listener.detach(),
         )
+        return store
+
+    try:
+        return within(timeout + _CONNECT_GRACE, connect)
+    except NoAnswer as error:
+        raise RendezvousError(
+            f"rank {place.rank} waited {error.seconds:.0f} s for the store at "
+            f"{place.host}:{place.port}, where something listens that does not answer. Is rank 0 "
+            "stopped, or does another program have that port?"
+        ) from None
     except (dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             raise PortInUseError(
@@ -101,7 +151,102 @@ def open_store(place: Place, timeout: float) -> Store:
             f"{timeout:.0f} s: {str(error).splitlines()[0]}. Is rank 0 running, and are "
             "MASTER_ADDR and MASTER_PORT the same on all ranks?"
         ) from error
-    return store
+
+
+def _listen(place: Place) -> socket.socket | None:
+    """A socket that listens on MASTER_ADDR alone; torch's own would on every interface.
+
+    None where that cannot be: the name is none of this host's own addresses (behind NAT, say), or
+    the port is taken, perhaps by a store of this process, which torch then uses again.
+    """
+    for family, kind, _, _, address in _addresses(place):
+        listener = socket.socket(family, kind)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(socket.SOMAXCONN)
+        except OSError:
+            listener.close()
+        else:
+            return listener
+    return None
+
+
+def _addresses(place: Place) -> list[Any]:
+    try:
+        return socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)
+    except OSError:
+        return []
+
+
+class NoAnswer(Exception):
+    """A call did not return. Attribute: `seconds` that it was given.
+
+    Whoever calls tells it as a named error of ours, with what was asked and for what.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        super().__init__(f"no answer within {seconds:.1f} s")
+
+
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """What `call` returns or raises; `NoAnswer` when it has done neither within `seconds`.
+
+    It goes on in a thread of its own then, which nobody waits for.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            results.append(call())
+        except BaseException as error:  # raised again in the thread that waits
+            errors.append(error)
+
+    thread = threading.Thread(target=body, name="ucxgossip-store", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    for error in errors:
+        raise error
+    if not results:
+        raise NoAnswer(seconds)
+    return results[0]
+
+
+class Bounded:
+    """`store`, each call of which ends: `patience` seconds after it should have, by `NoAnswer`.
+
+    Nothing is asked of it after that: torch's client answers calls one after the other.
+    """
+
+    def __init__(self, store: Store, patience: float) -> None:
+        self._store, self._patience = store, patience
+        self._lost = 0.0
+
+    def _call(self, call: Callable[[], T], seconds: float = 0.0) -> T:
+        if self._lost:
+            raise NoAnswer(self._lost)
+        try:
+            return within(seconds + self._patience, call)
+        except NoAnswer as error:
+            self._lost = error.seconds
+            raise
+
+    def set(self, key: str, value: Any) -> None:
+        self._call(lambda: self._store.set(key, value))
+
+    def get(self, key: str) -> bytes:
+        return self._call(lambda: self._store.get(key))
+
+    def add(self, key: str, amount: int) -> int:
+        return self._call(lambda: self._store.add(key, amount))
+
+    def check(self, keys: list[str]) -> bool:
+        return self._call(lambda: self._store.check(keys))
+
+    def wait(self, keys: list[str], timeout: timedelta) -> None:
+        self._call(lambda: self._store.wait(keys, timeout), timeout.total_seconds())
 
 
 class Solitary:

@@ -1,7 +1,8 @@
 """The engine: posts puts, watches arrivals, mixes, grants credits, beside the training thread.
 
 `words` is the shared state, `handlers` what arrives as messages, `rounds` the state machine of a
-round, `drive` who makes progress and how it waits, `engine` the Python face.
+round, `apply` what a chunk does to the target, `checks` its checksum, `drive` who makes progress
+and how it waits, `engine` the Python face.
 
 Rejected: a Python thread that polls (the GIL would be taken thousands of times a second); an
 engine that only its own thread may drive (two thread switches a blocking round); a process of its

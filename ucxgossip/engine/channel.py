@@ -9,6 +9,7 @@ from numba import types
 from ucxgossip import jit
 from ucxgossip.engine import rounds
 from ucxgossip.engine import words as w
+from ucxgossip.engine.checks import intact
 from ucxgossip.engine.handlers import arrived, mailbox_words
 
 
@@ -24,10 +25,25 @@ def complete(engine: Any, index: int, number: int, nbytes: int) -> bool:
     return part < 0  # type: ignore[no-any-return]
 
 
+@jit.njit
+def first_corrupt(engine: Any, index: int, number: int, nbytes: int) -> int:
+    """The first chunk of message `number` that is not what its checksum says, or -1."""
+    mailbox = mailbox_words(engine, index)
+    slot = mailbox[w.SLOTS] + (number % mailbox[w.DEPTH]) * mailbox[w.STRIDE]
+    parts = (nbytes + mailbox[w.CHUNK] - 1) // mailbox[w.CHUNK]
+    for part in range(parts):
+        offset = part * mailbox[w.CHUNK]
+        length = min(mailbox[w.CHUNK], nbytes - offset)
+        if not intact(engine, mailbox, number, part, slot + offset, length):
+            return part
+    return -1
+
+
 _word, _words = types.int64, types.int64[::1]
 
 
 def prepare() -> None:
     """Compile what channels call, ahead of a step and outside of the worker's lock."""
     jit.compile_ahead(complete, types.boolean(_words, _word, _word, _word))
+    jit.compile_ahead(first_corrupt, _word(_words, _word, _word, _word))
     jit.compile_ahead(rounds.grant, types.int64(_words, _words, _word, _word))

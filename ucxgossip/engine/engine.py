@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ucxgossip import jit
+from ucxgossip import forks, jit
 from ucxgossip.engine import drive, handlers, rounds
 from ucxgossip.engine import words as w
-from ucxgossip.errors import ArgumentError, ClosedError, ExchangeError, ExchangeTimeoutError
+from ucxgossip.errors import ArgumentError, ExchangeError, ExchangeTimeoutError
 from ucxgossip.kernels.cpu import mix
 from ucxgossip.mailbox import MAX_ROUND, Mailbox
 from ucxgossip.ucp import abi, ops
@@ -37,8 +37,9 @@ class Post(NamedTuple):
     source, target: the same address mixes in place. operation: COPY, MIX_FLOAT32, MIX_FLOAT64,
     DELTA_FLOAT32 or DELTA_FLOAT64 of `words`. source_param: address of
     the request parameters with the source's memory handle, 0 for unregistered memory. held: mix
-    only after `Engine.unhold`. need_credit: wait for the partner's credit. grant_now, grant_next:
-    who gets the credit of this round at its start, and of round + depth at its end.
+    only after `Engine.unhold`. grant_now, grant_next: who gets the
+    credit of this round at its start, and of round + depth at its end. whole: 1 leaves out chunks
+    that hold a NaN or an infinity.
     """
 
     source: int
@@ -50,9 +51,9 @@ class Post(NamedTuple):
     alpha: float = 0.5
     source_param: int = 0
     held: int = 0
-    need_credit: int = 1
     grant_now: int = -1
     grant_next: int = -1
+    whole: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,12 @@ class Engine:
             op_attr_mask=abi.OpAttr.FLAGS, flags=abi.AM_SEND_EAGER | abi.AM_SEND_COPY_HEADER
         )
         self._kept: list[NDArray[np.int64]] = []
+        self._undo = np.zeros(self.tuning.chunk // 8, np.int64)
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._forked = False
+        self._closing = threading.RLock()
+        forks.watch(self)
         self._fill(ring)
         with jit.warm_up(drive.run, mix):
             self._callbacks = handlers.callbacks()
@@ -120,6 +125,11 @@ class Engine:
             drive.drive(self.words, -1, jit.now_ns() + _LOCK_NS)
             self.words[w.STOP] = 0
             jit.compile_ahead(rounds.post, rounds.POST_SIGNATURE)
+        context.before_close(self.close)
+        self._set_handlers()
+
+    def _set_handlers(self) -> None:
+        self.worker.before_close(self.close)
         for ident, callback in self._callbacks.items():
             self.worker.set_handler(ident, callback.address, self.words.ctypes.data)
 
@@ -154,6 +164,11 @@ class Engine:
 
     def stop(self) -> None:
         """End the engine thread: no round moves any more, unless a caller drives."""
+        if self._closed:
+            return
+        self._stop()
+
+    def _stop(self) -> None:
         self.words[w.STOP] = 1
         jit.kick(int(self.words[w.ENGINE_FD]))
         if self._thread is not None:
@@ -173,7 +188,7 @@ class Engine:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ClosedError("the engine is closed")
+            raise forks.gone("the engine", self._forked)
 
     def connect(self, rank: int, address: bytes) -> Endpoint:
         """Make the endpoint to `rank`, whose worker has `address`; the existing one if any."""
@@ -189,15 +204,15 @@ class Engine:
         index = len(self.mailboxes)
         if index == len(self.table):
             raise ArgumentError(f"more than {index} mailboxes in one group")
-        layout, region = mailbox.layout, mailbox.region
+        layout = mailbox.layout
         requests = np.zeros(self.tuning.window, np.int64)
-        headers = np.zeros(3 * w.HEADER_RING * w.HEADER_WORDS, np.int64)
-        self._kept += [requests, headers]
+        headers = np.zeros(3 * w.HEADER_RING * w.CHECKED_HEADER_BYTES // 8, np.int64)
+        if self._undo.nbytes < layout.chunk:
+            self._undo = np.zeros(layout.chunk // 8, np.int64)
+        self._kept += [requests, headers, self._undo]
         row = self.table[index]
         row[w.INDEX] = index
-        row[w.SLOTS] = region.address + layout.slots
-        row[w.SIGNALS] = region.address + layout.signals
-        row[w.OUTGOING] = region.address + layout.outgoing
+        self._place(row, mailbox)
         row[w.SLOTS_OFFSET] = layout.slots
         row[w.SIGNALS_OFFSET] = layout.signals
         row[w.STRIDE] = layout.stride
@@ -210,11 +225,58 @@ class Engine:
         row[w.PEERS] = mailbox.peers.ctypes.data
         row[w.REQUESTS] = requests.ctypes.data
         row[w.HEADERS] = headers.ctypes.data
-        row[w.OUT_PARAM] = region.param_address
+        row[w.UNDO] = self._undo.ctypes.data
         with self.locked():
             self.mailboxes.append(mailbox)
             mailbox.index = index
             self.words[w.MAILBOXES] = index + 1
+
+    @staticmethod
+    def _place(row: NDArray[np.int64], mailbox: Mailbox) -> None:
+        """Write where the mailbox's region is into its row."""
+        layout, region = mailbox.layout, mailbox.region
+        row[w.SLOTS] = region.address + layout.slots
+        row[w.SIGNALS] = region.address + layout.signals
+        row[w.OUTGOING] = region.address + layout.outgoing
+        row[w.OUT_PARAM] = region.param_address
+        if layout.verify:
+            row[w.CHECKS] = region.address + layout.checks
+            row[w.CHECKS_OFFSET] = layout.checks
+            row[w.OUT_CHECKS] = region.address + layout.out_checks
+
+    def renew(self, epoch: int, elsewhere: bool) -> None:
+        """Break off every round and go on in `epoch` with a new worker, connected to nobody.
+
+        Nothing that was under way arrives after that: the connections over which it would come
+        are closed, and with `elsewhere` the mailboxes lie in other memory. Sources and targets
+        stay as they are at that moment. Rejected: repairing the old worker (UCX completes nothing
+        towards a dead rank without its error handling, which costs zero-copy puts over TCP).
+        """
+        self._check_open()
+        with self.locked():
+            for mailbox in self.mailboxes:
+                row = self.table[mailbox.index]
+                if row[w.STATE] in (w.ACTIVE, w.FAILED):
+                    row[w.DONE_NS] = jit.now_ns()
+                    jit.store_release(row, w.STATE, w.BROKEN)
+            self._drop_requests()
+            for endpoint in self.endpoints.values():
+                endpoint.abandon()
+                endpoint.close()
+            self.endpoints.clear()
+            self._handles[:] = 0
+            for mailbox in self.mailboxes:
+                mailbox.renew(elsewhere)
+                self._place(self.table[mailbox.index], mailbox)
+            self.worker.forget_users()  # of which this engine is one, and goes on
+            self.worker.close()
+            self.worker = Worker(self.context)
+            self.words[w.WORKER] = self.worker.handle
+            self.words[w.EVENT_FD] = self.worker.event_fd
+            self.words[w.UNSEEN] = 0
+            self.words[w.EPOCH] = epoch
+            self._set_handlers()
+        jit.kick(int(self.words[w.ENGINE_FD]))
 
     def post(self, mailbox: Mailbox, what: Post, kick: bool = True) -> None:
         """Start the mailbox's next round and return; `wait` for its end.
@@ -264,10 +326,18 @@ class Engine:
 
         No last word is sent to partners, who may be gone: `flush` before, if it matters.
         """
-        if self._closed:
-            return
-        self._closed = True
-        self.stop()
+        with self._closing:
+            if not self._closed:
+                self._closed = True
+                self._close()
+
+    def disown(self) -> None:
+        """Count as closed, in a forked child: worker and event descriptors are the parent's."""
+        self._closed = self._forked = True
+        self._closing = threading.RLock()  # another thread of the parent may have held it
+
+    def _close(self) -> None:
+        self._stop()
         drive.acquire(self.words, jit.now_ns() + _CLOSE_NS)  # until another thread's wait returns
         self._drop_requests()
         for endpoint in self.endpoints.values():
@@ -286,6 +356,7 @@ class Engine:
                 request = int(requests[part % int(row[w.WINDOW])])
                 if request > 0:
                     ops.free(request)
+            row[w.SENT] = row[w.PUT]
 
     def describe_wait(self, mailbox: Mailbox, seconds: float) -> ExchangeTimeoutError:
         """The error that says whom this mailbox's round waits for, for what, and how long."""
@@ -293,7 +364,7 @@ class Engine:
         to, sender = int(row[w.TO]), int(row[w.FROM])
         parts = int(row[w.PARTS])
         if to >= 0 and row[w.NEED_CREDIT]:
-            rank, what = to, "to free its slot (it has not mixed the last round yet)"
+            rank, what = to, "to free its slot (it is at an earlier round)"
         elif to >= 0 and row[w.SENT] < parts:
             rank, what = to, f"to take chunk {int(row[w.SENT]) + 1} of {parts}"
         else:

@@ -14,7 +14,7 @@ from numba import types
 
 from ucxgossip import jit
 from ucxgossip.engine import words as w
-from ucxgossip.mailbox import CREDIT_WINDOW, signal_word
+from ucxgossip.mailbox import CREDIT_WINDOW, MAX_ROUND, signal_word
 
 _WINDOW_MASK = CREDIT_WINDOW - 1
 
@@ -35,20 +35,22 @@ def mailbox_floats(engine: Any, index: int) -> Any:
 def _header(address: int, header: int, header_bytes: int) -> Any:
     """The engine's words, and whether the header (copied into them) names a mailbox and chunk."""
     engine = jit.view_words(address, w.ENGINE_WORDS)
-    if header_bytes != w.HEADER_BYTES:
+    if header_bytes != w.HEADER_BYTES and header_bytes != w.CHECKED_HEADER_BYTES:
         engine[w.MALFORMED] += 1
         return engine, False
     copy = address + 8 * w.HEADER_COPY
-    jit.copy_memory(copy, header, w.HEADER_BYTES)
+    jit.copy_memory(copy, header, header_bytes)
     fields = jit.view_words(copy, w.HEADER_WORDS)
     fits = (
         0 <= fields[0] < engine[w.MAILBOXES]
-        and fields[1] >= 0
+        and 0 <= fields[1] < MAX_ROUND
         and fields[2] >= 0
         and fields[3] == engine[w.EPOCH]
     )
     if fits:
-        fits = fields[2] < mailbox_words(engine, fields[0])[w.CHUNKS]
+        mailbox = mailbox_words(engine, fields[0])
+        checked = header_bytes == w.CHECKED_HEADER_BYTES
+        fits = fields[2] < mailbox[w.CHUNKS] and (not checked or mailbox[w.CHECKS] != 0)
     if not fits:
         engine[w.MALFORMED] += 1
     return engine, fits
@@ -91,13 +93,20 @@ def on_data(
     if fits:
         number = engine[w.HEADER_COPY + 1]
         mailbox = mailbox_words(engine, engine[w.HEADER_COPY])
-        if nbytes > min(mailbox[w.CAPACITY], mailbox[w.CHUNK]):
+        checked = header_bytes == w.CHECKED_HEADER_BYTES
+        if nbytes > min(mailbox[w.CAPACITY], mailbox[w.CHUNK]) or checked != (
+            mailbox[w.CHECKS] != 0
+        ):
             engine[w.MALFORMED] += 1
             return 0
         slot = number % mailbox[w.DEPTH]
         jit.copy_memory(mailbox[w.SLOTS] + slot * mailbox[w.STRIDE], data, nbytes)
+        index = signal_index(mailbox, number, 0)
+        if checked:
+            told = engine[w.HEADER_COPY + w.HEADER_WORDS]
+            jit.view_words(mailbox[w.CHECKS] + 8 * index, 1)[0] = told
         expected = signal_word(engine[w.EPOCH], number)
-        jit.store_release(signal_words(mailbox), signal_index(mailbox, number, 0), expected)
+        jit.store_release(signal_words(mailbox), index, expected)
     return 0
 
 

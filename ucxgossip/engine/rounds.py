@@ -6,6 +6,9 @@ mixes the chunks that arrive into its target. In place, chunk c is mixed once it
 (`SENT`) and the partner's has come. When all is mixed and all has left, the credit for the slot's
 next round goes to whoever will write it.
 
+A chunk is also the unit of integrity: where its values are not finite it is left out and counted
+(`apply`); where its checksum does not fit the round fails (`checks`).
+
 Order of data and signal (docs/protocol.md): over a network put, fence, put; where UCX maps the
 partner's memory into this process (``ucp_rkey_ptr``, shared memory), a copy and a store-release.
 Puts into shared memory were rejected: after the first ``ucp_worker_fence`` UCX 1.22 serves them by
@@ -17,13 +20,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from numba import types
 
 from ucxgossip import jit
 from ucxgossip.engine import words as w
+from ucxgossip.engine.apply import apply
+from ucxgossip.engine.checks import checksum, intact
 from ucxgossip.engine.handlers import arrived, mailbox_floats, mailbox_words, signal_index
-from ucxgossip.kernels.cpu import delta, mix
 from ucxgossip.mailbox import CREDIT_WINDOW, SIGNAL_RING, signal_word
 from ucxgossip.ucp import ops
 
@@ -50,17 +53,21 @@ def _send(
 ) -> int:
     """Send an active message about (round, chunk); `nbytes` of the source go with it."""
     # UCX 1.13 does not know COPY_HEADER: the ring keeps a header while its message may wait.
-    header = mailbox[w.HEADERS] + w.HEADER_BYTES * ((number + chunk) % w.HEADER_RING)
-    header += w.HEADER_BYTES * w.HEADER_RING * ident
-    fields = jit.view_words(header, w.HEADER_WORDS)
+    header = mailbox[w.HEADERS] + w.CHECKED_HEADER_BYTES * ((number + chunk) % w.HEADER_RING)
+    header += w.CHECKED_HEADER_BYTES * w.HEADER_RING * ident
+    header_bytes = w.HEADER_BYTES
+    fields = jit.view_words(header, w.HEADER_WORDS + 1)
     fields[0], fields[1], fields[2] = mailbox[w.INDEX], number, chunk
     fields[3] = engine[w.EPOCH]
     data = mailbox[w.SOURCE] if nbytes else 0
+    if ident == w.AM_DATA and mailbox[w.CHECKS] != 0:
+        fields[w.HEADER_WORDS] = checksum(engine, mailbox, number, chunk, data, nbytes)
+        header_bytes = w.CHECKED_HEADER_BYTES
     return ops.send(
         _endpoint(engine, rank),
         ident,
         header,
-        w.HEADER_BYTES,
+        header_bytes,
         data,
         nbytes,
         engine[w.EAGER_PARAM],
@@ -115,9 +122,27 @@ def _store_signalled(engine: Any, mailbox: Any, part: int, offset: int, nbytes: 
     direct = _peer(engine, mailbox, mailbox[w.TO])[2]
     slot = direct + mailbox[w.SLOTS_OFFSET] + (number % mailbox[w.DEPTH]) * mailbox[w.STRIDE]
     jit.copy_memory(slot + offset, mailbox[w.SOURCE] + offset, nbytes)
-    signals = direct + mailbox[w.SIGNALS_OFFSET] + 8 * signal_index(mailbox, number, part)
+    index = signal_index(mailbox, number, part)
+    if mailbox[w.CHECKS] != 0:
+        check = checksum(engine, mailbox, number, part, mailbox[w.SOURCE] + offset, nbytes)
+        jit.view_words(direct + mailbox[w.CHECKS_OFFSET] + 8 * index, 1)[0] = check
+    signals = direct + mailbox[w.SIGNALS_OFFSET] + 8 * index
     jit.store_release(jit.view_words(signals, 1), 0, signal_word(engine[w.EPOCH], number))
     return _ring(engine, mailbox, part)
+
+
+@jit.njit
+def _put_check(engine: Any, mailbox: Any, part: int, offset: int, nbytes: int) -> int:
+    """Put the checksum of one chunk; an error status, or 0."""
+    number = mailbox[w.ROUND]
+    peer = _peer(engine, mailbox, mailbox[w.TO])
+    word = mailbox[w.OUT_CHECKS] + 8 * ((number % SIGNAL_RING) * mailbox[w.CHUNKS] + part)
+    jit.view_words(word, 1)[0] = checksum(
+        engine, mailbox, number, part, mailbox[w.SOURCE] + offset, nbytes
+    )
+    remote = peer[0] + mailbox[w.CHECKS_OFFSET] + 8 * signal_index(mailbox, number, part)
+    endpoint = _endpoint(engine, mailbox[w.TO])
+    return _forget(ops.put(endpoint, word, 8, remote, peer[1], mailbox[w.OUT_PARAM]))
 
 
 @jit.njit
@@ -138,7 +163,11 @@ def _put_signalled(engine: Any, mailbox: Any, part: int, offset: int, nbytes: in
     )
     if request < 0:
         return request
-    status = ops.fence(engine[w.WORKER])
+    status = 0
+    if mailbox[w.CHECKS] != 0:
+        status = _put_check(engine, mailbox, part, offset, nbytes)
+    if status == 0:
+        status = ops.fence(engine[w.WORKER])
     if status < 0:
         _forget(request)
         return status
@@ -208,38 +237,6 @@ def _reap(mailbox: Any) -> int:
 
 
 @jit.njit
-def _apply(mailbox: Any, floats: Any, target: int, source: int, nbytes: int) -> None:
-    """Mix or copy one arrived chunk into the target."""
-    operation = mailbox[w.OPERATION]
-    if operation == w.MIX_FLOAT32:
-        count = nbytes // 4
-        floats[w.DISTANCE] += mix(
-            jit.view_float32(target, count),
-            jit.view_float32(source, count),
-            np.float32(floats[w.ALPHA]),
-        )
-    elif operation == w.MIX_FLOAT64:
-        count = nbytes // 8
-        floats[w.DISTANCE] += mix(
-            jit.view_float64(target, count), jit.view_float64(source, count), floats[w.ALPHA]
-        )
-    elif operation == w.DELTA_FLOAT32:
-        count = nbytes // 4
-        floats[w.DISTANCE] += delta(
-            jit.view_float32(target, count),
-            jit.view_float32(source, count),
-            np.float32(floats[w.ALPHA]),
-        )
-    elif operation == w.DELTA_FLOAT64:
-        count = nbytes // 8
-        floats[w.DISTANCE] += delta(
-            jit.view_float64(target, count), jit.view_float64(source, count), floats[w.ALPHA]
-        )
-    else:
-        jit.copy_memory(target, source, nbytes)
-
-
-@jit.njit
 def _mix_next(engine: Any, mailbox: Any, floats: Any) -> int:
     """Mix the next chunk if it has arrived and its own copy has left; 1 if it did."""
     part = mailbox[w.MIXED]
@@ -252,7 +249,9 @@ def _mix_next(engine: Any, mailbox: Any, floats: Any) -> int:
     offset = part * mailbox[w.CHUNK]
     nbytes = min(mailbox[w.CHUNK], mailbox[w.NBYTES] - offset)
     slot = mailbox[w.SLOTS] + (mailbox[w.ROUND] % mailbox[w.DEPTH]) * mailbox[w.STRIDE]
-    _apply(mailbox, floats, mailbox[w.TARGET] + offset, slot + offset, nbytes)
+    if not intact(engine, mailbox, mailbox[w.ROUND], part, slot + offset, nbytes):
+        return _fail(mailbox, w.CORRUPT)
+    apply(mailbox, floats, mailbox[w.TARGET] + offset, slot + offset, nbytes)
     mailbox[w.MIXED] = part + 1
     return 1
 
@@ -309,9 +308,9 @@ def post(
     alpha: float,
     source_param: int,
     held: int,
-    need_credit: int,
     grant_now: int,
     grant_next: int,
+    whole: int,
 ) -> bool:
     """Start round `number` of mailbox `index`; whoever drives takes it from here.
 
@@ -331,9 +330,12 @@ def post(
     mailbox[w.FROM] = sender
     mailbox[w.OPERATION] = operation
     mailbox[w.HELD] = held
-    mailbox[w.NEED_CREDIT] = need_credit
+    mailbox[w.NEED_CREDIT] = to >= 0
     mailbox[w.GRANT_NOW] = grant_now
     mailbox[w.GRANT_NEXT] = grant_next
+    mailbox[w.WHOLE] = whole
+    mailbox[w.SPOILED] = 0
+    mailbox[w.OWN_SPOILED] = 0
     mailbox[w.PUT] = 0
     mailbox[w.SENT] = 0
     mailbox[w.MIXED] = 0

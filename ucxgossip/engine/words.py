@@ -81,7 +81,16 @@ FAILURE = 36  # a negative ucs_status_t
 POSTED_NS = 37
 DONE_NS = 38
 TURN = 39  # how many rounds were posted in this engine before this one
-MAILBOX_WORDS = 40
+
+# --- mailbox words: integrity ------------------------------------------------------------------
+WHOLE = 40  # 1: a chunk that holds a NaN or an infinity is left out (of the round under way)
+SPOILED = 41  # chunks left out because of what came in
+OWN_SPOILED = 42  # chunks left out because of the target's own values
+UNDO = 43  # local address of room for one chunk: the target before it was mixed
+CHECKS = 44  # local address of the checksums that others put, 0: none travel
+CHECKS_OFFSET = 45  # of those in the region, equal on all ranks
+OUT_CHECKS = 46  # local address of the ring of checksums put from
+MAILBOX_WORDS = 47
 
 # --- floats of a mailbox -----------------------------------------------------------------------
 ALPHA = 0
@@ -93,6 +102,7 @@ IDLE = 0
 ACTIVE = 1
 DONE = 2
 FAILED = 3
+BROKEN = 4  # a change of members broke the round off
 
 # --- values of OPERATION -----------------------------------------------------------------------
 COPY = 0
@@ -108,3 +118,7 @@ AM_BELL = 2
 HEADER_WORDS = 4  # mailbox, round, chunk, epoch
 HEADER_BYTES = 8 * HEADER_WORDS
 HEADER_RING = 64
+CHECKED_HEADER_BYTES = HEADER_BYTES + 8  # of data with a checksum, which follows
+
+# --- values of FAILURE that are no ucs_status_t (those end at -100) ----------------------------
+CORRUPT = -1000  # a chunk is not what its checksum says

@@ -7,7 +7,7 @@ collective of another library was rejected: it would need a second set of connec
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -16,55 +16,138 @@ from numpy.typing import NDArray
 from ucxgossip.buffer import Buffer
 from ucxgossip.group import Group
 from ucxgossip.mailbox import Mailbox
+from ucxgossip.quarantine import Quarantine
 from ucxgossip.schedule import Broadcast, GlobalAverage, Schedule
 
 PIECE = 1 << 22
 """Bytes that `Collective` moves at a time; its mailbox holds two such pieces."""
 
+_ROUNDING = 1e-9
+
 
 class Collective:
-    """Exact operations over all ranks, each rank's arrays of the same shapes. All collective."""
+    """Exact operations over all ranks, each rank's arrays of the same shapes. All collective.
 
-    def __init__(self, group: Group) -> None:
-        self.group = group
+    quarantine: what `average` does about values that are not finite; mixed by default.
+    """
+
+    def __init__(self, group: Group, quarantine: Quarantine | None = None) -> None:
+        self.group, self.quarantine = group, quarantine or Quarantine("allow")
         self._mailbox: Mailbox | None = None
 
-    def _run(self, array: NDArray[Any], schedule: Schedule, mix: bool) -> None:
+    def _run(self, array: NDArray[Any], schedule: Callable[[], Schedule], mix: bool) -> int:
+        """Run `schedule` on the array, from the start again where members are lost meanwhile.
+
+        How many members took part.
+        """
         if self.group.size == 1:
-            return
+            return 1
+        before = array.copy()
+        count = 0
+
+        def operation(epoch: int) -> bool:
+            nonlocal count
+            count = len(self.group.members)  # those of `epoch`, or nothing is run
+            return self._once(array, schedule(), mix, epoch)
+
+        def undo() -> None:
+            array[:] = before
+
+        self._open()
+        self.group.together(operation, undo)
+        return count
+
+    def _open(self) -> Mailbox:
         if self._mailbox is None:
             self._mailbox = self.group.mailbox(PIECE)
-        step = PIECE // array.itemsize
-        for start in range(0, len(array), step):
-            piece = Buffer.of(array[start : start + step])
-            self.group.run(self._mailbox, piece, schedule, mix)
+        return self._mailbox
+
+    def _once(self, array: NDArray[Any], schedule: Schedule, mix: bool, epoch: int) -> bool:
+        """Run `schedule` on the array in `epoch`; whether all its rounds ended there."""
+        mailbox, step = self._open(), PIECE // array.itemsize
+        return all(
+            self.group.run(mailbox, Buffer.of(array[start : start + step]), schedule, mix, epoch)
+            for start in range(0, len(array), step)
+        )
 
     def broadcast(self, array: NDArray[Any], root: int = 0) -> None:
-        """`root`'s values into everyone's 1-D contiguous `array`, of any dtype."""
-        self._run(array, Broadcast(self.group.size, root), mix=False)
+        """`root`'s values into everyone's 1-D contiguous `array`, of any dtype.
 
-    def average(self, array: NDArray[Any]) -> None:
-        """The mean over all ranks into everyone's 1-D contiguous float array, to rounding."""
-        self._run(array, GlobalAverage(self.group.size), mix=True)
+        Those of the lowest member where `root` is lost.
+        """
+
+        def schedule() -> Schedule:
+            members = self.group.members
+            return Broadcast(self.group.size, root if root in members else members[0])
+
+        self._run(array, schedule, mix=False)
+
+    def _mean(self, array: NDArray[Any]) -> int:
+        return self._run(array, lambda: GlobalAverage(self.group.size), mix=True)
+
+    def average(self, array: NDArray[Any], mass: float = 1.0) -> None:
+        """The mean over all ranks into everyone's 1-D contiguous float array, to rounding.
+
+        mass: this rank's weight in it. In quarantine a rank whose array holds a NaN or an infinity
+        counts nothing and gets the mean of the others; where no rank is left, arrays stay. With
+        the policy ``"raise"`` such a rank raises `NonFiniteError` afterwards.
+        """
+        if self.group.size == 1:
+            return
+        kept = None
+        if self.quarantine.whole and not np.isfinite(array).all():
+            kept, mass = array.copy(), 0.0
+            array[:] = 0
+        elif mass != 1.0:
+            array *= array.dtype.type(mass)
+        share = np.array([mass])
+        self._mean(share)
+        self._mean(array)
+        if share[0] == 0 and kept is not None:
+            array[:] = kept
+        elif abs(share[0] - 1.0) > _ROUNDING:
+            array /= array.dtype.type(share[0])
+        if kept is not None:
+            here = self.group.rank
+            self.quarantine.left_out(here, {here: 1}, "part of a mean over all ranks")
 
     def table(self, row: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Every rank's 1-D `row` of whole numbers below 2**40, shape (ranks, len(row))."""
+        """Every rank's 1-D `row` of whole numbers below 2**40, shape (ranks, len(row)).
+
+        The rows of ranks that are no members are zero.
+        """
+        values = self._with_row(row)
+        count = self._mean(values.reshape(-1))
+        return np.rint(values * count).astype(np.int64)
+
+    def table_within(self, row: NDArray[np.int64], epoch: int) -> NDArray[np.int64] | None:
+        """As `table`, within an operation of `Group.together`; None where `epoch` ends before."""
+        values, count = self._with_row(row), len(self.group.members)
+        if not self._once(values.reshape(-1), GlobalAverage(self.group.size), True, epoch):
+            return None
+        return np.rint(values * count).astype(np.int64)
+
+    def _with_row(self, row: NDArray[np.int64]) -> NDArray[np.float64]:
         values = np.zeros((self.group.size, len(row)), np.float64)
         values[self.group.rank] = row
-        flat = values.reshape(-1)
-        self.average(flat)
-        return np.rint(values * self.group.size).astype(np.int64)
+        return values
 
     def consensus_distance(self, arrays: Iterable[NDArray[Any]]) -> float:
-        """``sqrt(mean_i |w_i - w|**2) / |w|`` with w the mean over ranks i; 0 where w is 0."""
+        """``sqrt(mean_i |w_i - w|**2) / |w|`` with w the mean over ranks i; 0 where w is 0.
+
+        NaN where a rank's values are not finite, whatever the quarantine.
+        """
         apart, norm = 0.0, 0.0
         for array in arrays:
             mean = array.copy()
-            self.average(mean)
-            difference = (array - mean).astype(np.float64)
+            self._mean(mean)
+            with np.errstate(invalid="ignore"):
+                difference = (array - mean).astype(np.float64)
             apart += float(difference @ difference)
             mean = mean.astype(np.float64)
             norm += float(mean @ mean)
         spread = np.array([apart])
-        self.average(spread)
+        self._mean(spread)
+        if not math.isfinite(norm):
+            return math.nan
         return math.sqrt(float(spread[0]) / norm) if norm > 0 else 0.0

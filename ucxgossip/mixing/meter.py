@@ -8,11 +8,15 @@ from dataclasses import dataclass, field
 from ucxgossip.engine import words as w
 from ucxgossip.group import Group
 from ucxgossip.mailbox import Mailbox
+from ucxgossip.quarantine import Quarantine
 
 
 @dataclass
 class Meter:
-    """Sums over all rounds of one attached model; seconds, bytes and numbers of rounds."""
+    """Sums over all rounds of one attached model; seconds, bytes and numbers of rounds.
+
+    quarantine: what happens to values that are not finite.
+    """
 
     rounds: int = 0
     nbytes: int = 0
@@ -20,7 +24,9 @@ class Meter:
     wait_s: float = 0.0
     exchange_s: float = 0.0
     skipped: int = 0
+    broken: int = 0
     lateness: dict[int, list[int]] = field(default_factory=dict)
+    quarantine: Quarantine = field(default_factory=Quarantine)
 
     def posted(self, group: Group, mailbox: Mailbox) -> None:
         """A round of `mailbox` was posted."""
@@ -29,17 +35,25 @@ class Meter:
         if row[w.TO] >= 0:
             self.nbytes += int(row[w.NBYTES])
 
-    def wait(self, group: Group, mailbox: Mailbox, steps_late: int = 0) -> float:
-        """Wait for the round of `mailbox`; the squared distance of what was mixed."""
+    def wait(self, group: Group, mailbox: Mailbox, what: str, steps_late: int = 0) -> float | None:
+        """Wait for the round of `mailbox`; the squared distance of what was mixed.
+
+        None where a change of members broke the round off, or left it out. what: the kind of
+        payload. `NonFiniteError` with the policy ``"raise"``.
+        """
         start = time.perf_counter()
         blocked = group.engine.active(mailbox)
-        group.wait(mailbox)
+        whole = group.wait(mailbox)
         if blocked:
             self.waits += 1
             self.wait_s += time.perf_counter() - start
+        if not whole:
+            self.broken += 1
+            return None
         row = group.engine.table[mailbox.index]
         self.exchange_s += (int(row[w.DONE_NS]) - int(row[w.POSTED_NS])) * 1e-9
         self.mixed(int(row[w.FROM]), steps_late)
+        self.quarantine.left_out(group.rank, group.left_out(mailbox), what)
         return float(group.engine.floats[mailbox.index, w.DISTANCE])
 
     def mixed(self, sender: int, steps_late: int) -> None:

@@ -15,6 +15,7 @@ import math
 from dataclasses import asdict, dataclass
 
 from ucxgossip.errors import ArgumentError
+from ucxgossip.quarantine import check_policy
 from ucxgossip.schedule import Dissemination, Rotated, Schedule, repeats
 
 MIXES: dict[str, tuple[bool, bool]] = {
@@ -65,8 +66,10 @@ class Modes:
     global_average_every: int | None = None
     outer: Nesterov | None = None
     noise_correction: bool = False
+    nonfinite: str = "skip"
 
     def __post_init__(self) -> None:
+        check_policy(self.nonfinite)
         for name, value, known in (
             ("mix", self.mix, tuple(MIXES)),
             ("combine", self.combine, COMBINES),

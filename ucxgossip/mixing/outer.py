@@ -31,8 +31,8 @@ class Outer:
         self.array, self.settings = array_of(buffer), settings
         count, dtype = len(self.array), self.array.dtype
         self._slow, self._change = (
-            InPlace(group, registered(group, count, dtype), schedule, meter, position)
-            for _ in range(2)
+            InPlace(group, registered(group, count, dtype), schedule, meter, position, what)
+            for what in ("slow weights", "change of the weights")
         )
         self.velocity = np.zeros(count, dtype)
         self.open = False
@@ -79,6 +79,8 @@ class Outer:
         self.wait()
         collective.average(self.array)
         self._slow.array[:] = self.array
+        if collective.quarantine.whole and not np.isfinite(self.velocity).all():
+            self.velocity[:] = 0  # of weights that the mean has just replaced
 
     def state(self) -> State:
         """Slow weights, velocity and the next step."""

@@ -89,8 +89,15 @@ class InPlace:
     held = False
 
     def __init__(
-        self, group: Group, buffer: Buffer, schedule: Schedule, meter: Meter, position: int = 0
+        self,
+        group: Group,
+        buffer: Buffer,
+        schedule: Schedule,
+        meter: Meter,
+        position: int = 0,
+        what: str = "values",
     ) -> None:
+        self.what = what
         self.group, self.buffer, self.schedule, self.meter = group, buffer, schedule, meter
         self.array = array_of(buffer)
         self.mailbox = group.mailbox(buffer.nbytes)
@@ -104,18 +111,26 @@ class InPlace:
     def post(self) -> None:
         """Start a round; the array may not be touched until `wait`."""
         if self.group.size > 1:
-            self.group.post_scheduled(
-                self.mailbox, self.buffer, self.buffer, self.schedule, self.position, held=self.held
+            posted = self.group.post_scheduled(
+                self.mailbox,
+                self.buffer,
+                self.buffer,
+                self.schedule,
+                self.position,
+                held=self.held,
+                whole=self.meter.quarantine.whole,
             )
-            self.meter.posted(self.group, self.mailbox)
+            if posted is not None:
+                self.meter.posted(self.group, self.mailbox)
             self.open = True
         self.position += 1
 
     def wait(self) -> None:
         """Wait for the round under way, if any."""
         if self.open:
-            self.distance = self.meter.wait(self.group, self.mailbox)
+            self.group.look_around()  # while it is open still: nobody reads it after a failure
             self.open = False
+            self.distance = self.meter.wait(self.group, self.mailbox, self.what) or 0.0
 
     def settle(self) -> None:
         """Wait for the round under way, if any."""
@@ -199,6 +214,9 @@ class Stale:
     permutation grows by ``1 - w a**2 + (2 k - 1) w**2 a**2`` a step, so that w must be below
     1 / (2 k - 1)).
 
+    A correction that is left out because of a NaN or an infinity is zero on the rank that leaves it
+    out alone, so that the mean moves by it.
+
     before: add what has come in before the snapshot is taken (weights), or after and until
     `settle` (gradients, whose old corrections must not travel on).
     """
@@ -212,7 +230,9 @@ class Stale:
         lateness: int,
         position: int = 0,
         before: bool = True,
+        what: str = "values",
     ) -> None:
+        self.what = what
         self.group, self.schedule, self.meter = group, schedule, meter
         self.array, self.nbytes = array_of(buffer), buffer.nbytes
         self.position, self.before = position, before
@@ -243,7 +263,7 @@ class Stale:
         if correction is not None and not self.before:
             self.array += correction
         lane.pending, lane.flying, lane.number = False, True, self.position
-        self.group.post_scheduled(
+        posted = self.group.post_scheduled(
             lane.mailbox,
             lane.snapshot,
             lane.snapshot,
@@ -252,18 +272,22 @@ class Stale:
             stride=len(self.lanes),
             weight=1.0 / len(self.lanes),
             how="delta",
+            whole=self.meter.quarantine.whole,
         )
-        self.meter.posted(self.group, lane.mailbox)
+        if posted is not None:
+            self.meter.posted(self.group, lane.mailbox)
         if not self.before:
             self._collect()
         self.position += 1
 
     def _end(self, lane: _Lane) -> None:
-        """Wait for the lane's round; its snapshot is a correction then."""
+        """Wait for the lane's round; its snapshot is a correction then, if it ended whole."""
         if lane.flying:
             late = self.position - lane.number
-            self.distance = self.meter.wait(self.group, lane.mailbox, late)
             lane.flying, lane.pending = False, True
+            distance = self.meter.wait(self.group, lane.mailbox, self.what, late)
+            lane.pending = distance is not None
+            self.distance = distance or 0.0
 
     def _collect(self) -> None:
         """Add the corrections of all rounds that have ended, the oldest first."""

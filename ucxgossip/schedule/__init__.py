@@ -6,13 +6,14 @@ ranks compute the same schedule from the same arguments; nothing is communicated
 
 `Dissemination` (with `Rotated` over it) is for training; `Hypercube`, `BaseTwo`, `Ring`,
 `RandomMatching` and `Hierarchical` go in its place. `Broadcast` and `GlobalAverage` are finite:
-they end exactly, after `period` steps.
+they end exactly, after `period` steps. `Living` lays any of them over the ranks that live.
 """
 
 from ucxgossip.schedule.base import ALONE, Round, Schedule, endless, repeats
 from ucxgossip.schedule.check import check_rounds
 from ucxgossip.schedule.circulant import Dissemination, Ring
 from ucxgossip.schedule.finite import Broadcast, GlobalAverage
+from ucxgossip.schedule.living import Living, resized
 from ucxgossip.schedule.nested import Hierarchical, Strided
 from ucxgossip.schedule.pairs import BaseTwo, Hypercube
 from ucxgossip.schedule.shuffled import RandomMatching, Rotated
@@ -25,6 +26,7 @@ __all__ = [
     "GlobalAverage",
     "Hierarchical",
     "Hypercube",
+    "Living",
     "RandomMatching",
     "Ring",
     "Rotated",
@@ -34,4 +36,5 @@ __all__ = [
     "check_rounds",
     "endless",
     "repeats",
+    "resized",
 ]

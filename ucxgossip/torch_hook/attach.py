@@ -45,6 +45,7 @@ def attach(
     outer: Nesterov | None = None,
     noise_correction: bool = False,
     scaler: Scaler | None = None,
+    nonfinite: str = "skip",
 ) -> Gossip:
     """Make `model` and `optimizer` gossip within `group`. Collective.
 
@@ -66,6 +67,11 @@ def attach(
     for push_sum. bucket_bytes: size of what travels at a time. scaler: the `GradScaler` in use, if
     any: ranks may differ in their scale, so gradients travel without it.
 
+    nonfinite: what a rank does with a chunk in which its own or its partner's values hold a NaN or
+    an infinity: ``"skip"`` leaves it unmixed, counts (``stats()["nonfinite"]``) and warns;
+    ``"raise"`` ends with `NonFiniteError`, where the values came in and where they were made, at
+    the next wait of the training thread; ``"allow"`` mixes it.
+
     The model starts from rank 0's weights and buffers. Everything is checked, and agreed on by
     all ranks, before anything changes: `ModelError`, `ArrayError`, `AlreadyAttachedError`,
     `SparseGradientError`, `ScheduleError`, `ArgumentError`, `MismatchError`. An optimizer that
@@ -81,7 +87,10 @@ def attach(
         global_average_every,
         outer,
         noise_correction,
+        nonfinite,
     )
+    if not isinstance(group, Group):
+        raise ArgumentError(f"group is {group!r}; pass what ug.join() returned")
     _check_model(model, optimizer)
     if modes.optimizer_state:
         check_optimizer_state(optimizer)
@@ -140,7 +149,8 @@ def _check_model(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> No
 def _facts(
     model: torch.nn.Module, modes: Modes, schedule: Schedule, bucket_bytes: int
 ) -> dict[str, object]:
-    """What all ranks must bring alike."""
+    """What all ranks must bring alike; orders beside, which a comparison by name does not see."""
+    names = [name for name, _ in model.named_parameters()]
     return {
         **modes.facts(),
         "schedule": schedule.describe(),
@@ -149,5 +159,7 @@ def _facts(
             name: [list(p.shape), list(p.stride()), str(p.dtype), p.requires_grad]
             for name, p in model.named_parameters()
         },
+        "order of parameters": names,
         "model buffers": {name: [list(b.shape), str(b.dtype)] for name, b in model.named_buffers()},
+        "order of model buffers": [name for name, _ in model.named_buffers()],
     }

@@ -23,6 +23,7 @@ from ucxgossip.mixing import (
     Stream,
     weights_shift,
 )
+from ucxgossip.quarantine import Quarantine
 from ucxgossip.schedule import Schedule
 from ucxgossip.torch_hook.bucket import DTYPES, Bucket
 from ucxgossip.torch_hook.state import ModelBuffers, OptimizerState
@@ -41,7 +42,8 @@ class Exchange:
         runs: Sequence[Sequence[torch.nn.Parameter]],
     ) -> None:
         self.model, self.group, self.modes, self.schedule = model, group, modes, schedule
-        self.meter, self.collective = Meter(), Collective(group)
+        self.meter = Meter(quarantine=Quarantine(modes.nonfinite))
+        self.collective = Collective(group, self.meter.quarantine)
         self.buckets = [Bucket(group, run, modes.gradients_travel) for run in runs]
         self.order = list(self.buckets)
         # Whoever is wanted first comes first: backward completes the last bucket first.
@@ -63,8 +65,8 @@ class Exchange:
     def _gradients_stream(self, buffer: Any) -> Stream:
         common = (self.group, buffer, self.schedule, self.meter)
         if self.modes.staleness:
-            return Stale(*common, self.modes.staleness, before=False)
-        return InPlace(*common)
+            return Stale(*common, self.modes.staleness, before=False, what="gradients")
+        return InPlace(*common, what="gradients")
 
     def _weights_stream(self, bucket: Bucket) -> Stream:
         modes = self.modes
@@ -75,8 +77,9 @@ class Exchange:
         if modes.outer is not None:
             return Outer(*common, modes.outer, first)
         if modes.staleness:
-            return Stale(*common, modes.staleness, first)
-        return Held(*common, first) if modes.combine == "awc" else InPlace(*common, first)
+            return Stale(*common, modes.staleness, first, what="weights")
+        make = Held if modes.combine == "awc" else InPlace
+        return make(*common, first, what="weights")
 
     # --- a step --------------------------------------------------------------------------------
 
@@ -85,6 +88,8 @@ class Exchange:
         for bucket in self.buckets:
             if bucket.weights_stream is not None:
                 bucket.weights_stream.begin()
+        if self.buffers is not None:
+            self.buffers.begin()
 
     def settle(self) -> None:
         """Return once the optimizer may step."""
@@ -164,16 +169,31 @@ class Exchange:
                 self.collective.average(bucket.weights.array)
 
     def average_buffers(self) -> None:
-        """The exact mean of the float buffers on all ranks."""
+        """The exact mean of the float buffers on all ranks.
+
+        In quarantine each element's mean is over the ranks where it is finite. A mask's infinities
+        stay; a NaN is replaced.
+        """
         if self.buffers is not None:
             self.buffers.finish()
         for buffer in self.model.buffers():
             if buffer.dtype in DTYPES and buffer.numel():
                 own = buffer.detach().numpy().reshape(-1)
-                flat = own.copy()
-                self.collective.average(flat)
-                flat = np.where(np.isfinite(own), flat, own)  # a mask's -inf has no mean
+                flat = self._mean_of_finite(own)
                 buffer.copy_(torch.from_numpy(flat).view(buffer.shape))
+
+    def _mean_of_finite(self, own: NDArray[Any]) -> NDArray[Any]:
+        """The mean over ranks of each element of a buffer, where there is one."""
+        finite = np.isfinite(own)
+        if not self.meter.quarantine.whole:
+            flat = own.copy()
+            self.collective.average(flat)
+            return np.where(finite, flat, own)  # a mask's -inf has no mean
+        flat, share = np.where(finite, own, 0), finite.astype(own.dtype)
+        self.collective.average(flat)
+        self.collective.average(share)
+        wanted = (share > 0) & ~np.isinf(own)
+        return np.where(wanted, flat / np.where(wanted, share, 1), own)
 
     # --- checkpoints ---------------------------------------------------------------------------
 
@@ -245,8 +265,12 @@ class Exchange:
             "distance": distance,
             "disagreement": float(np.sqrt(distance)),
             "skipped": meter.skipped,
+            "nonfinite": dict(sorted(meter.quarantine.counts.items())),
             "staleness": meter.staleness(),
             "mass": float(np.mean(masses)) if masses else 1.0,
+            "members": len(self.group.members),
+            "broken": meter.broken,
+            "lost": [dict(loss._asdict()) for loss in self.group.losses],
         }
 
 

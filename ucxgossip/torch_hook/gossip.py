@@ -8,6 +8,7 @@ are put and averaged under the next forward, where each module waits for its own
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -56,6 +57,7 @@ class Gossip:
         self._scaler = scaler
         self._steps = 0
         self._detached = False
+        self._detaching = threading.RLock()
         self._shuffled: list[tuple[Iterable[Any], Shuffled]] = []
         self._epochs: list[int] = []
         self._exchange = Exchange(model, optimizer, group, modes, schedule, runs)
@@ -63,7 +65,7 @@ class Gossip:
         # Two ranks average exactly; there is no noise left that an all-reduce would not have.
         corrects = modes.noise_correction and group.size > 2
         self._noise = (
-            NoiseCorrection(optimizer, self._buckets, schedule, group.rank) if corrects else None
+            NoiseCorrection(optimizer, self._buckets, schedule, group) if corrects else None
         )
         self._gradients = Gradients(
             self._buckets, lambda: self._due(self._steps + 1), scaler, self._noise
@@ -141,6 +143,7 @@ class Gossip:
     def _end_step(self, stepped: bool) -> None:
         """Count a step, taken or skipped, and start its rounds."""
         self._steps += 1
+        self._exchange.meter.quarantine.step = self._steps
         self._gradients.step_done()
         every = self.modes.global_average_every
         if every is not None and self._steps % every == 0:
@@ -236,20 +239,26 @@ class Gossip:
         exchange_s: seconds from post to end, over all rounds; hidden: the part of that under
         compute, 0 to 1; distance: squared distance to the partner's weights (its gradients, with
         ``mix="gradients"``; its slow weights, with outer) in the last round, measured while mixing,
-        and disagreement its root; skipped: rounds that push-sum left out; staleness: by rank
-        received from, how many own steps late its values were mixed on average; mass: mean push-sum
-        mass, 1 elsewhere.
+        and disagreement its root; skipped: rounds that push-sum left out; nonfinite: chunks left
+        out (messages, under push-sum), by the rank whose values held a NaN or an infinity, this one
+        included; staleness: by rank received from, how many own steps late its values were mixed on
+        average; mass: mean push-sum mass, 1 elsewhere; members: ranks that live; broken: rounds
+        that a change of members broke off or left out; lost: of each rank that was lost its number,
+        the epoch in which the others went on and when that was (seconds since 1970).
         """
         return {"steps": self._steps, **self._exchange.stats()}
 
     def write(self, writer: Writer, step: int | None = None) -> None:
         """Log `stats` to a TensorBoard ``SummaryWriter`` under ``gossip/``, at `step`.
 
-        step: the optimizer steps so far by default. Staleness goes as its mean and its maximum.
+        step: the optimizer steps so far by default. Staleness goes as its mean and its maximum,
+        nonfinite as its sum, lost as how many.
         """
         found = self.stats()
         steps = found.pop("steps")
         edges = list(found.pop("staleness").values()) or [0.0]
+        found["nonfinite"] = sum(found["nonfinite"].values())
+        found["lost"] = len(found["lost"])
         found |= {"staleness_mean": sum(edges) / len(edges), "staleness_max": max(edges)}
         for name, value in found.items():
             writer.add_scalar(f"gossip/{name}", value, steps if step is None else step)
@@ -257,8 +266,10 @@ class Gossip:
     # --- checkpoints ---------------------------------------------------------------------------
 
     def _facts(self) -> dict[str, Any]:
+        modes = self.modes.facts()
+        del modes["nonfinite"]  # a resumed run may choose anew
         return {
-            **self.modes.facts(),
+            **modes,
             "schedule": self.schedule.describe(),
             "buckets": [len(array) for array in self._exchange.arrays],
         }
@@ -299,7 +310,7 @@ class Gossip:
         # Under push-sum ranks count their own steps.
         together = self.modes.mix != "push_sum"
         self.group.agree("load_state_dict", {"steps": state["steps"]} if together else {})
-        self._steps = int(state["steps"])
+        self._steps = self._exchange.meter.quarantine.step = int(state["steps"])
         self._gradients.step_done()
         self._exchange.load(state)
         self._epochs = list(state["epochs"])
@@ -316,13 +327,16 @@ class Gossip:
         """Finish the rounds under way and give the model back without hooks. Collective.
 
         Parameters keep their values, in memory of their own; hooks are gone; the optimizer's
-        ``zero_grad`` is its own again. After a failure of the group no round is waited for.
-        Further calls do nothing.
+        ``zero_grad`` is its own again. No round is waited for in a group that failed or closed.
+        Further calls do nothing, in any thread.
         """
-        if self._detached:
-            return
+        with self._detaching:
+            if not self._detached:
+                self._detach()
+
+    def _detach(self) -> None:
         try:
-            if not self.group.failed:
+            if not (self.group.failed or self.group.closed):
                 for _, shuffled in self._shuffled:
                     shuffled.close()
                 self._exchange.finish()

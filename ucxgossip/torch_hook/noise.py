@@ -2,7 +2,8 @@
 
 Why and which formula: `ucxgossip.kernels.second_moment`. The running mean of the noise is kept in
 the optimizer's own state, as ``exp_avg_noise``, so that a checkpoint of the optimizer holds it and
-``optimizer_state=True`` mixes it with the moments that it belongs to.
+``optimizer_state=True`` mixes it with the moments that it belongs to. Gradients that were left out
+for a NaN or an infinity show no difference, and count as noise of zero in that step.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from ucxgossip.errors import ArgumentError, ModelError
+from ucxgossip.group import Group
 from ucxgossip.kernels.second_moment import correct, noise_share
 from ucxgossip.mixing import Modes
 from ucxgossip.schedule import Schedule
@@ -81,9 +83,9 @@ class NoiseCorrection:
         optimizer: torch.optim.Optimizer,
         buckets: Sequence[Bucket],
         schedule: Schedule,
-        rank: int,
+        group: Group,
     ) -> None:
-        self.optimizer, self.schedule, self.rank = optimizer, schedule, rank
+        self.optimizer, self.schedule, self.group = optimizer, schedule, group
         held = {id(p) for each in optimizer.param_groups for p in each["params"]}
         self.parts = {id(bucket): _Part(bucket, held) for bucket in buckets}
         self._touched: list[tuple[NDArray[Any], NDArray[Any]]] = []
@@ -97,10 +99,12 @@ class NoiseCorrection:
     def after_exchange(self, bucket: Bucket, position: int) -> None:
         """Turn them into half the difference with the partner's; `position` of the round."""
         part = self.parts[id(bucket)]
-        this = self.schedule.round(self.rank, position)
+        living = self.group.living(self.schedule)
+        this = living.round(self.group.rank, position)
         weight = this.weight if this.sender is not None else 0.0
-        part.share = noise_share(weight, self.schedule.size) if weight else 0.0
-        np.subtract(part.mixed, part.half, out=part.half)
+        part.share = noise_share(weight, len(self.group.members)) if weight else 0.0
+        with np.errstate(invalid="ignore"):  # an overflow here, whose step a scaler will skip
+            np.subtract(part.mixed, part.half, out=part.half)
         part.half *= part.half.dtype.type(1 / (2 * weight) if weight else 0.0)
         for piece in part.pieces:
             mixed = part.mixed[piece.place]
@@ -146,7 +150,7 @@ class NoiseCorrection:
             half,
             kind(beta),
             kind(share),
-            kind(2 / max(2, self.schedule.size)),
+            kind(2 / max(2, len(self.group.members))),
         )
         self._touched.append((moment, raw))
 

@@ -29,16 +29,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ucxgossip.buffer import Buffer
-from ucxgossip.errors import ArgumentError, ClosedError, MismatchError
+from ucxgossip.errors import ArgumentError, ClosedError, ForkError
 from ucxgossip.group import Group
-from ucxgossip.mailbox import Mailbox
-from ucxgossip.schedule import GlobalAverage, Round
+from ucxgossip.mixing import Collective
+from ucxgossip.schedule import ALONE, Round
 from ucxgossip.torch_hook.packing import NOTHING, Packing, Payload, describe, dump, load, merge
 
 WINDOW = 8
@@ -46,6 +46,33 @@ WINDOW = 8
 
 UNKNOWN = -1
 """The length of a loader without len()."""
+
+
+@dataclass(frozen=True)
+class Turning:
+    """A schedule: in step t everyone puts t places on around the ring; whole turns stay."""
+
+    size: int
+
+    @property
+    def period(self) -> int:
+        """One turn."""
+        return self.size
+
+    def round(self, rank: int, step: int) -> Round:
+        """The part of `rank` in `step`."""
+        distance = step % self.size
+        if not distance:
+            return ALONE
+        return Round((rank + distance) % self.size, (rank - distance) % self.size)
+
+    def resized(self, size: int) -> Turning:
+        """The ring of `size` ranks."""
+        return Turning(size)
+
+    def describe(self) -> str:
+        """``Turning(8)``."""
+        return f"Turning({self.size})"
 
 
 class Ring:
@@ -56,42 +83,44 @@ class Ring:
         self.sent = [Payload(group, packing) for _ in range(2)]
         self.came = Payload(group, packing)
         self.mailbox = group.mailbox(packing.nbytes, depth=1)
-        self.under_way = False
+        self.schedule = Turning(group.size)
+        self.under_way, self.stays = False, False
         # Now, and not in the first steps: a rank that has left by then cannot be connected to,
         # and what UCX says of it is not why it left.
-        for rank in range(group.size):
+        for rank in group.members:
             if rank != group.rank:
                 group.reach(rank, self.mailbox)
         group.agree("ring", {})
 
-    def prepare(self, step: int, distance: int, batch: Any) -> None:
+    def prepare(self, step: int, batch: Any) -> None:
         """Copy `batch` (or NOTHING) to where it is sent from; `ArrayError` if it does not fit."""
-        if distance:
-            self.sent[step % 2].write(batch)
-        elif batch is not NOTHING:
-            self.packing.check(batch)
+        self.sent[step % 2].write(batch)
 
-    def post(self, step: int, distance: int) -> None:
-        """Put what was prepared `distance` places on."""
-        if distance:
-            rank, size = self.group.rank, self.group.size
-            source, target = self.sent[step % 2].buffer, self.came.buffer
-            around = Round((rank + distance) % size, (rank - distance) % size)
-            self.group.post(self.mailbox, source, target, around, how="copy")
-            self.under_way = True
+    def post(self, step: int, turn: int) -> None:
+        """Put what was prepared for `step` on its way, the ring turned by `turn` places."""
+        source, target = self.sent[step % 2].buffer, self.came.buffer
+        around = self.group.post_scheduled(
+            self.mailbox, source, target, self.schedule, turn, how="copy", foresee=False
+        )
+        self.stays = around is not None and around.to is None and around.sender is None
+        self.under_way = True
 
-    def take(self, distance: int, own: Any) -> Any:
-        """Wait for what comes from `distance` places back: a batch or NOTHING."""
-        if not distance:
+    def take(self, own: Any) -> Any:
+        """Wait for what comes: a batch or NOTHING; `own` where the ring is turned to itself.
+
+        NOTHING also where a rank was lost while its batch was under way.
+        """
+        whole = self.drop()
+        if self.stays:
             return own
-        self.drop()
-        return self.came.read()
+        return self.came.read() if whole else NOTHING
 
-    def drop(self) -> None:
-        """Wait for the round under way, if there is one that still moves."""
-        if self.under_way and not self.group.failed:
-            self.under_way = False
-            self.group.wait(self.mailbox)
+    def drop(self) -> bool:
+        """Wait for the round under way, if there is one that still moves; whether it came whole."""
+        if not self.under_way or self.group.failed:
+            return False
+        self.under_way = False
+        return self.group.wait(self.mailbox)
 
 
 class Source:
@@ -151,9 +180,8 @@ class Shuffled:
         self.group, self.loader, self.idle = group, loader, idle
         self._epoch = 0
         self._turn = 0  # of the iteration that may go on
-        self._meetings = 0
         self._lengths: list[int] | None = None
-        self._numbers: Mailbox | None = None
+        self._collective = Collective(group)
         self._ring: Ring | None = None
 
     # --- where in the training -----------------------------------------------------------------
@@ -201,10 +229,11 @@ class Shuffled:
                 f"the loader of rank {self._lengths.index(UNKNOWN)} has no len(), so it is not "
                 "known how many batches come in"
             )
-        rank, size = self.group.rank, self.group.size
+        members = self.group.members
+        place, size = members.index(self.group.rank), len(members)
         return sum(
-            len(range((rank - sender - self._epoch) % size, length, size))
-            for sender, length in enumerate(self._lengths)
+            len(range((place - sender - self._epoch) % size, self._lengths[rank], size))
+            for sender, rank in enumerate(members)
         )
 
     # --- an epoch ------------------------------------------------------------------------------
@@ -235,7 +264,7 @@ class Shuffled:
         """
         self._turn += 1
         if self._ring is not None:
-            with suppress(ClosedError):  # nothing moves in a closed group
+            with suppress(ClosedError, ForkError):  # nothing moves in a closed group
                 self._ring.drop()
 
     def _together(self, epoch: int) -> Iterator[Any]:
@@ -247,61 +276,47 @@ class Shuffled:
         if ring is None:
             return
         step = 0
-        distance = epoch % self.group.size
-        ring.prepare(step, distance, batch)
+        ring.prepare(step, batch)
         going = self._going(step, batch)
         if going:
-            ring.post(step, distance)
+            ring.post(step, epoch)
         while going:
-            following, turned = source.next(), (distance + 1) % self.group.size
-            ring.prepare(step + 1, turned, following)
-            received = ring.take(distance, batch)
+            following = source.next()
+            ring.prepare(step + 1, following)
+            received = ring.take(batch)
             going = self._going(step + 1, following)
             if going:
-                ring.post(step + 1, turned)
+                ring.post(step + 1, epoch + step + 1)
             if received is NOTHING:
                 self.idle()
             else:
                 yield received
-            step, distance, batch = step + 1, turned, following
+            step, batch = step + 1, following
 
     def _going(self, step: int, batch: Any) -> bool:
         """Whether the epoch has this step, for which this rank has `batch` (or NOTHING)."""
         assert self._lengths is not None
         if UNKNOWN not in self._lengths:
             return step < max(self._lengths)
-        return step % WINDOW != 0 or bool(self._ask(batch is not NOTHING).any())
+        return step % WINDOW != 0 or bool(self._ask(int(batch is not NOTHING)).any())
 
     # --- agreement -----------------------------------------------------------------------------
 
     def _ask(self, *numbers: int) -> NDArray[np.int64]:
-        """Every rank's numbers, a row for each rank; exact up to 2**48."""
-        size = self.group.size
-        if self._numbers is None:
-            self._numbers = self.group.mailbox(16 * size)
-        rows = np.zeros((size, len(numbers)))
-        rows[self.group.rank] = numbers
-        self.group.run(self._numbers, Buffer.of(rows.reshape(-1)), GlobalAverage(size))
-        return np.rint(rows * size).astype(np.int64)
+        """Every rank's numbers, a row for each rank; zeros for those that were lost."""
+        return self._collective.table(np.array(numbers, np.int64))
 
     def _meet(self, length: int, epoch: int) -> None:
         """Learn all ranks' lengths, and that all are in the same epoch."""
-        lengths, epochs = self._ask(length, epoch).T.tolist()
-        for rank, other in enumerate(epochs):
-            if other != epochs[0]:
-                raise MismatchError(
-                    f"shuffled: epoch: rank 0 has {epochs[0]}, rank {rank} has {other}"
-                )
-        self._lengths = lengths
+        self.group.agree("shuffled", {"epoch": epoch})
+        self._lengths = self._ask(length)[:, 0].tolist()
 
     def _agree(self, batch: Any) -> Ring | None:
         """The ring for batches like `batch` (or NOTHING); None if no rank has one."""
-        assert self._numbers is not None
         packing = None if batch is NOTHING else describe(batch)
         size = getattr(self.loader, "batch_size", None)
-        self._meetings += 1
         merged = self.group.share(
-            f"shuffled {self._numbers.index} {self._meetings}",
+            "shuffled",
             dump(packing, size if isinstance(size, int) else 0),
             merge,
         )

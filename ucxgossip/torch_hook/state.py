@@ -78,7 +78,7 @@ class OptimizerState:
             for name in names:
                 flat = Flat(self.group, bucket.parameters)
                 self.flats.append((bucket, name, flat))
-                self.streams.append(self._stream(flat, position))
+                self.streams.append(self._stream(flat, position, name))
         if not self.flats:
             raise ModelError(
                 f"optimizer_state=True, but {type(self.optimizer).__name__} keeps no state of its "
@@ -90,11 +90,11 @@ class OptimizerState:
                 stream.load(state)
             self._loaded = None
 
-    def _stream(self, flat: Flat, position: int) -> Stream:
+    def _stream(self, flat: Flat, position: int, name: str) -> Stream:
         common = (self.group, flat.buffer, self.schedule, self.meter)
         if self.modes.staleness:
-            return Stale(*common, self.modes.staleness, position)
-        return InPlace(*common, position)
+            return Stale(*common, self.modes.staleness, position, what=name)
+        return InPlace(*common, position, what=name)
 
     def _adopt(self) -> None:
         """Make every state tensor live in its place; those the optimizer made anew are copied."""
@@ -174,33 +174,52 @@ def _union(blobs: list[bytes]) -> bytes:
 
 
 class ModelBuffers:
-    """The float buffers of a model, mixed one step late."""
+    """The float buffers of a model, mixed one step late.
+
+    What is infinite or NaN when all ranks have rank 0's buffers is a mask, and no damage: zeros
+    travel in its place, so that it holds nothing in quarantine.
+    """
 
     def __init__(
         self, model: torch.nn.Module, group: Group, schedule: Schedule, meter: Meter, modes: Modes
     ) -> None:
-        self.model = model
+        self.model, self.meter = model, meter
+        self._masks: dict[str, torch.Tensor] | None = None
         self.parts: list[tuple[list[str], Flat, Stream]] = []
         for dtype in DTYPES:
             named = [(name, each) for name, each in self._buffers().items() if each.dtype == dtype]
             if named:
                 flat = Flat(group, [each for _, each in named])
-                stream = Stale(group, flat.buffer, schedule, meter, max(1, modes.staleness))
+                late = max(1, modes.staleness)
+                stream = Stale(group, flat.buffer, schedule, meter, late, what="buffers")
                 self.parts.append(([name for name, _ in named], flat, stream))
 
     def _buffers(self) -> dict[str, torch.Tensor]:
         return {name: each for name, each in self.model.named_buffers() if each.numel()}
 
+    def begin(self) -> None:
+        """The buffers are equal on all ranks. Calls after the first do nothing."""
+        if self._masks is None:
+            self._masks = {}
+            for name, each in self._buffers().items() if self.meter.quarantine.whole else ():
+                mask = ~each.detach().isfinite()
+                if bool(mask.any()):
+                    self._masks[name] = mask
+
     def _copy(self, out: bool) -> None:
-        buffers = self._buffers()
+        buffers, masks = self._buffers(), self._masks or {}
         with torch.no_grad():
             for names, flat, _ in self.parts:
                 for name, view in zip(names, flat.views, strict=True):
                     if out:
                         view.copy_(buffers[name])
-                    else:
-                        # A mask's -inf has no difference to another.
-                        buffers[name].copy_(torch.where(view.isfinite(), view, buffers[name]))
+                        if name in masks:
+                            view[masks[name]] = 0
+                        continue
+                    mixed = view.isfinite()  # a mask's -inf has no difference to another
+                    if name in masks:
+                        mixed &= ~masks[name]
+                    buffers[name].copy_(torch.where(mixed, view, buffers[name]))
 
     def post(self) -> None:
         """Add what has come in, and send what the buffers hold now."""

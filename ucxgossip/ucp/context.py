@@ -11,6 +11,7 @@ import ctypes
 import os
 from collections.abc import Mapping
 
+from ucxgossip import forks
 from ucxgossip.errors import ArgumentError, UCXError
 from ucxgossip.ucp import abi, lib
 from ucxgossip.ucp.resource import Resource
@@ -50,9 +51,10 @@ class Context(Resource):
         settings: Mapping[str, str] | None = None,
         estimated_peers: int = 1,
     ) -> None:
-        if transport not in TRANSPORTS:
+        if not isinstance(transport, str) or transport not in TRANSPORTS:
             known = ", ".join(repr(name) for name in TRANSPORTS)
             raise ArgumentError(f"unknown transport {transport!r}; choose one of {known}")
+        forks.check_usable()
         self.library = lib.load()
         self.transport = transport
         self.settings: dict[str, str] = {}
@@ -65,6 +67,7 @@ class Context(Resource):
         finally:
             self.library.functions["ucp_config_release"](config)
         super().__init__(handle)
+        forks.count_context(1)
 
     def _choose(self, transport: str, settings: Mapping[str, str]) -> dict[str, str]:
         chosen = {
@@ -111,3 +114,4 @@ class Context(Resource):
 
     def _release(self, handle: int) -> None:
         self.library.functions["ucp_cleanup"](handle)
+        forks.count_context(-1)

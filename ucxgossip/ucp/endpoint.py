@@ -17,14 +17,29 @@ if TYPE_CHECKING:
 
 _PLAIN = abi.RequestParam()
 
+MAX_BLOB = 1 << 16
+"""Bytes of the longest worker address or packed key that is handed to libucp."""
+
+
+def check_blob(what: str, blob: bytes) -> None:
+    """`ArgumentError` for a worker address or key whose length cannot be one.
+
+    All that can be checked here: libucp gets no length, and follows the lengths inside.
+    """
+    if not isinstance(blob, bytes) or not 0 < len(blob) <= MAX_BLOB:
+        length = f"{len(blob)} bytes" if isinstance(blob, bytes) else type(blob).__name__
+        raise ArgumentError(f"a {what} of {length}; must be 1 to {MAX_BLOB} bytes")
+
 
 class Endpoint(Resource):
     """``ucp_ep_h`` from `worker` to the worker whose `address` is given.
 
-    close_timeout: seconds that `close()` may wait for outstanding puts.
+    close_timeout: seconds that `close()` may wait for outstanding puts. Over TCP, make the
+    endpoints of both directions before the first put (docs/protocol.md says why).
     """
 
     def __init__(self, worker: Worker, address: bytes, close_timeout: float = 2.0) -> None:
+        check_blob("worker address", address)
         self.library = worker.library
         self.worker = worker
         self.close_timeout = close_timeout

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ucxgossip.errors import ArgumentError, ArrayError
 from ucxgossip.ucp import abi
 from ucxgossip.ucp.context import Context
-from ucxgossip.ucp.endpoint import Endpoint
+from ucxgossip.ucp.endpoint import Endpoint, check_blob
 from ucxgossip.ucp.resource import Resource
 
 
@@ -94,6 +94,7 @@ class RemoteKey(Resource):
     """``ucp_rkey_h``: the right to put, over `endpoint`, into the region that packed `blob`."""
 
     def __init__(self, endpoint: Endpoint, blob: bytes) -> None:
+        check_blob("packed key", blob)
         self.library = endpoint.library
         buffer = ctypes.create_string_buffer(blob, len(blob))
         handle = ctypes.c_void_p()

@@ -1,0 +1,743 @@
+"""The protocol of docs/protocol.md as a model small enough to try every order of its steps.
+
+`search` walks through all states that a job of two or three ranks can be in, every atomic step of a
+rank and of the network apart, breadth first, and stops at the first state that breaks a promise;
+what led there is a shortest counterexample. The network is the adversary: it delays everything as
+long as it likes, moves a chunk word by word and in any order, and keeps only what UCX promises:
+the puts of one endpoint are ordered by its fences, and by nothing else. Active messages (credits,
+bells, small rounds) are ordered against nothing, not even each other. A rank may be killed between
+any two steps, or be taken for dead and live on.
+
+The model has the names of the engine (`engine/words.py`, `engine/rounds.py`); `Model.without`
+removes a rule, to see that the search finds what the rule is for.
+
+What is checked, in every state:
+
+* a word that is mixed is that of the right rank, round and epoch: nothing torn, stale or foreign;
+* no slot is read once its credit was given, and none is written by one who has no credit for it;
+* no word of a source has changed when the network reads it;
+* no endpoint is made to a rank whose put is half received ("Why the first rounds need a credit");
+* where no step is left, every round has ended; after a kill, whoever still waits waits for the
+  dead one, or for somebody who does; after a regroup, the survivors have ended all rounds.
+
+Not modelled: words shorter than the 8 bytes that a signal is (they are stored at once), UCX's own
+state, deadlines, and how survivors agree on who is left (the epoch begins for each of them at its
+own time, after all have left the old one).
+
+Rejected: Promela and spin (a second language to keep true, and no such tool in the test suite);
+random walks alone (they do not say when they are done; `walk` takes them where the states are too
+many).
+
+``python tests/model.py`` prints how many states each case has.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+IDLE, ACTIVE, LEFT, DEAD = range(4)
+NONE = -1
+
+RULES = {
+    "order": "data before signal",
+    "fence": "a fence between data and signal",
+    "mix-then-credit": "the credit goes out when the slot has been mixed, not when its signal came",
+    "credit-by-round": "credits are kept by round, not by slot",
+    "first-credit": "the first rounds wait for a credit, too",
+    "sent": "the source belongs to the put until the put has left it",
+    "round-in-word": "the signal word names the round",
+    "epoch": "the signal word and the headers name the membership epoch",
+    "closed": "a new epoch closes the connections of the old one",
+    "new-region": "a new epoch has mailboxes of its own",
+    "bell": "a bell follows each signal where a put wakes nobody",
+    "unseen": "nobody sleeps while a bell's signal is not visible",
+}
+"""What `Model.without` can remove."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """One case to try.
+
+    words: of each chunk; with two of them, a torn chunk is a state of its own. way: ``"put"`` (a
+    network: data, fence, signal), ``"store"`` (shared memory: words are stored by the sender, in
+    any order up to the release) or ``"message"`` (a small round in one active message). sleeping:
+    ranks with nothing to do sleep until a message comes, puts wake nobody (RDMA). failure:
+    ``"kill"`` (the last rank dies at some time) or ``"suspect"`` (it is taken for dead and lives
+    on). regroup: the survivors of either begin a new epoch. without: rules of `RULES` removed.
+    """
+
+    size: int = 2
+    rounds: int = 2
+    depth: int = 1
+    chunks: int = 1
+    words: int = 2
+    way: str = "put"
+    sleeping: bool = False
+    failure: str = ""
+    regroup: bool = False
+    without: frozenset[str] = frozenset()
+
+    @property
+    def victim(self) -> int:
+        """The rank that fails."""
+        return self.size - 1
+
+    def members(self, epoch: int) -> int:
+        """Ranks of an epoch: 0 to this, the victim last."""
+        return self.size - epoch
+
+    def to(self, epoch: int, rank: int, number: int) -> int:
+        """Whom `rank` puts to in round `number`: dissemination, strides 1, 2, ... in turn."""
+        count = self.members(epoch)
+        return (rank + 1 + number % (count - 1)) % count
+
+    def sender(self, epoch: int, rank: int, number: int) -> int:
+        """Who puts to `rank`."""
+        count = self.members(epoch)
+        return (rank - 1 - number % (count - 1)) % count
+
+    def put_steps(self) -> tuple[str, ...]:
+        """What a sender does for one chunk, in order."""
+        if self.way == "message":
+            return ("message",)
+        steps = ["data", "fence", "signal"]
+        if "order" in self.without:
+            steps.reverse()
+        if "fence" in self.without:
+            steps.remove("fence")
+        return (*steps, "bell") if self.sleeping and "bell" not in self.without else tuple(steps)
+
+    def word(self, epoch: int, number: int) -> tuple[int, int]:
+        """The signal word; without its parts if those rules are removed."""
+        return (
+            0 if "epoch" in self.without else epoch,
+            0 if "round-in-word" in self.without else number,
+        )
+
+
+class Rank(NamedTuple):
+    """One rank: the mailbox words of the same names, and what it knows."""
+
+    state: int
+    epoch: int
+    base: int  # first round of this epoch
+    round: int  # under way, or the next one
+    granting: bool = False  # GRANT_NOW is still to do
+    credited: bool = False  # NEED_CREDIT is over
+    put: int = 0  # steps of putting done, all chunks
+    sent: int = 0  # chunks that have left
+    saw: bool = False  # the signal of the chunk to mix has been seen
+    mixed: int = 0  # words mixed, all chunks
+    granted: bool = False  # the credit of round + depth is out
+    credits: frozenset[int] = frozenset()
+    endpoints: frozenset[int] = frozenset()
+    asleep: bool = False
+    unseen: frozenset[tuple[int, int]] = frozenset()  # bells whose signal was not there
+
+
+class Region(NamedTuple):
+    """A rank's mailbox: what stands in each word of each slot, and who may write there.
+
+    A word holds (rank, round, epoch) of the payload that it is part of.
+    """
+
+    epoch: int
+    slots: tuple[tuple[int, int, int] | None, ...]
+    signals: tuple[tuple[int, int] | None, ...]
+    writable: tuple[int, ...]  # the round whose writer has the credit of this slot
+
+
+class Put(NamedTuple):
+    """A put under way; a signal has no `stages`, which are those of each word of a chunk: 0 not
+    read yet, 1 read, 2 in place.
+    """
+
+    epoch: int
+    round: int
+    chunk: int
+    stages: tuple[int, ...]
+
+
+class Message(NamedTuple):
+    """An active message under way. read: whether its payload has been read at the source."""
+
+    kind: str
+    epoch: int
+    source: int
+    target: int
+    round: int
+    chunk: int = 0
+    read: bool = True
+
+
+FENCE = None
+Queue = tuple[Put | None, ...]
+"""Puts of one endpoint, in order, with fences between them; what is in place is gone."""
+
+
+class State(NamedTuple):
+    ranks: tuple[Rank, ...]
+    regions: tuple[Region, ...]
+    queues: tuple[Queue, ...]  # by source * size + target
+    messages: frozenset[Message]
+    failed: bool  # the victim was killed, or is suspected
+
+
+Step = tuple[str, State, str]
+"""What happened, the state after it, and the promise that it broke ("": none)."""
+
+
+def start(model: Model) -> State:
+    """Nothing has happened yet."""
+    return State(
+        tuple(Rank(IDLE, 0, 0, 0) for _ in range(model.size)),
+        tuple(empty_region(model, 0) for _ in range(model.size)),
+        ((),) * model.size**2,
+        frozenset(),
+        False,
+    )
+
+
+def empty_region(model: Model, epoch: int) -> Region:
+    return Region(
+        epoch,
+        (None,) * (model.depth * model.chunks * model.words),
+        (None,) * (model.depth * model.chunks),
+        (NONE,) * model.depth,
+    )
+
+
+def replaced(items: tuple, index: int, item: object) -> tuple:  # type: ignore[type-arg]
+    return (*items[:index], item, *items[index + 1 :])
+
+
+def with_rank(state: State, rank: int, /, **changes: object) -> State:
+    changed = state.ranks[rank]._replace(**changes)  # type: ignore[arg-type]
+    return state._replace(ranks=replaced(state.ranks, rank, changed))
+
+
+def with_queue(state: State, place: int, queue: Queue) -> State:
+    """Fences with nothing before them are over."""
+    while queue and queue[0] is FENCE:
+        queue = queue[1:]
+    return state._replace(queues=replaced(state.queues, place, queue))
+
+
+def sending(state: State, message: Message) -> State:
+    return state._replace(messages=state.messages | {message})
+
+
+# --- what a rank does --------------------------------------------------------------------------
+
+
+def granting(model: Model, state: State, rank: int, number: int) -> State:
+    """The credit of round `number` goes to whoever writes it; from now on that one may."""
+    me = state.ranks[rank]
+    target = model.sender(me.epoch, rank, number)
+    region = state.regions[rank]
+    writable = replaced(region.writable, number % model.depth, number)
+    state = state._replace(
+        regions=replaced(state.regions, rank, region._replace(writable=writable))
+    )
+    return sending(state, Message("credit", me.epoch, rank, target, number))
+
+
+def begin(model: Model, state: State, rank: int) -> Iterator[Step]:
+    """Endpoints to all whom the round concerns, then `post`."""
+    me = state.ranks[rank]
+    n = me.round
+    if n == model.rounds:
+        return
+    for other in (
+        model.to(me.epoch, rank, n),
+        model.sender(me.epoch, rank, n),
+        model.sender(me.epoch, rank, n + model.depth),
+    ):
+        if other not in me.endpoints:
+            half = any(
+                put is not FENCE and put.stages.count(2) > 0
+                for put in state.queues[other * model.size + rank]
+            )
+            fault = f"rank {rank} connects to {other}, whose put is half received"
+            after = with_rank(state, rank, endpoints=me.endpoints | {other})
+            yield f"{rank}: connect to {other}", after, fault if half and model.way == "put" else ""
+            return
+    first = n < me.base + model.depth
+    yield (
+        f"{rank}: post round {n}",
+        with_rank(
+            state,
+            rank,
+            state=ACTIVE,
+            granting=first,
+            credited=first and "first-credit" in model.without,
+            put=0,
+            sent=0,
+            saw=False,
+            mixed=0,
+            granted=False,
+            credits=frozenset(each for each in me.credits if each >= n),
+        ),
+        "",
+    )
+
+
+def putting(model: Model, state: State, rank: int) -> Iterator[Step]:
+    """One step of the next chunk's way out: data, fence, signal, bell."""
+    me = state.ranks[rank]
+    steps = model.put_steps()
+    chunk, step = divmod(me.put, len(steps))
+    if not me.credited:
+        if me.round in me.credits:
+            yield f"{rank}: see credit of {me.round}", with_rank(state, rank, credited=True), ""
+        return
+    if chunk == model.chunks:
+        return
+    n, to = me.round, model.to(me.epoch, rank, me.round)
+    place = rank * model.size + to
+    queue = state.queues[place]
+    what = steps[step]
+    after = with_rank(state, rank, put=me.put + 1)
+    if what == "data":
+        # Stores are the sender's own: it has read the source when it has stored.
+        stages = (1 if model.way == "store" else 0,) * model.words
+        after = with_queue(after, place, (*queue, Put(me.epoch, n, chunk, stages)))
+    elif what == "fence":
+        after = with_queue(after, place, (*queue, FENCE))
+    elif what == "signal":
+        after = with_queue(after, place, (*queue, Put(me.epoch, n, chunk, ())))
+    elif what == "bell":
+        after = sending(after, Message("bell", me.epoch, rank, to, n, chunk))
+    else:
+        after = sending(after, Message("data", me.epoch, rank, to, n, chunk, read=False))
+    yield f"{rank}: {what} of chunk {chunk}, round {n}", after, ""
+
+
+def has_left(model: Model, state: State, rank: int, chunk: int) -> bool:
+    """Whether the put of this chunk no longer needs its source (and its signal is put, too)."""
+    me = state.ranks[rank]
+    posted = (chunk + 1) * len(model.put_steps()) <= me.put
+    if not posted or "sent" in model.without:
+        return posted
+    if model.way == "message":
+        return not any(m.source == rank and not m.read for m in state.messages)
+    queue = state.queues[rank * model.size + model.to(me.epoch, rank, me.round)]
+    return not any(
+        put is not FENCE and (put.round, put.chunk) == (me.round, chunk) and 0 in put.stages
+        for put in queue
+    )
+
+
+def mixing(model: Model, state: State, rank: int) -> Iterator[Step]:
+    """See the signal of the next chunk, mix it word by word."""
+    me = state.ranks[rank]
+    chunk, word = divmod(me.mixed, model.words)
+    if chunk == model.chunks or me.sent <= chunk:
+        return
+    n, region, slot = me.round, state.regions[rank], me.round % model.depth
+    if not me.saw:
+        if region.signals[slot * model.chunks + chunk] == model.word(me.epoch, n):
+            after = with_rank(state, rank, saw=True)
+            yield f"{rank}: see signal of chunk {chunk}, round {n}", after, ""
+        return
+    after = with_rank(state, rank, mixed=me.mixed + 1, saw=word + 1 < model.words)
+    found = region.slots[(slot * model.chunks + chunk) * model.words + word]
+    expected = (model.sender(me.epoch, rank, n), n, me.epoch)
+    fault = ""
+    if found != expected:
+        fault = f"rank {rank} mixed {found} where {expected} (rank, round, epoch) was due"
+    elif region.writable[slot] != n:
+        fault = f"rank {rank} read slot {slot} after its credit was given"
+    yield f"{rank}: mix word {word} of chunk {chunk}, round {n}", after, fault
+
+
+def ending(model: Model, state: State, rank: int) -> Iterator[Step]:
+    """The credit for the slot's next round, then the end of this one."""
+    me = state.ranks[rank]
+    n, following = me.round, me.round + model.depth
+    done = me.sent == model.chunks and me.mixed == model.chunks * model.words
+    early = "mix-then-credit" in model.without and me.saw
+    # Credits that nobody will use are left out: they only multiply the states.
+    if not me.granted and (done or early) and following < model.rounds:
+        after = with_rank(granting(model, state, rank, following), rank, granted=True)
+        yield f"{rank}: credit {following}", after, ""
+    elif done:
+        after = with_rank(state, rank, state=IDLE, round=n + 1, credited=False)
+        yield f"{rank}: round {n} ends", after, ""
+
+
+def rank_steps(model: Model, state: State, rank: int) -> Iterator[Step]:
+    """All that `rank` can do next."""
+    me = state.ranks[rank]
+    if me.state == IDLE:
+        yield from begin(model, state, rank)
+    elif me.state == ACTIVE:
+        if me.granting:
+            after = with_rank(granting(model, state, rank, me.round), rank, granting=False)
+            yield f"{rank}: credit {me.round}", after, ""
+            return
+        yield from putting(model, state, rank)
+        if me.sent < model.chunks and has_left(model, state, rank, me.sent):
+            yield f"{rank}: chunk {me.sent} has left", with_rank(state, rank, sent=me.sent + 1), ""
+        yield from mixing(model, state, rank)
+        yield from ending(model, state, rank)
+
+
+def sleep_step(model: Model, state: State, rank: int) -> Iterator[Step]:
+    """A rank that finds nothing to do sleeps, unless a bell's signal is yet to come."""
+    me = state.ranks[rank]
+    unseen = frozenset(bell for bell in me.unseen if not visible(model, state, rank, *bell))
+    if me.state == ACTIVE and (not unseen or "unseen" in model.without):
+        yield f"{rank}: sleep", with_rank(state, rank, asleep=True, unseen=frozenset()), ""
+
+
+def visible(model: Model, state: State, rank: int, number: int, chunk: int) -> bool:
+    """Whether this signal has come, or a later round's in its place."""
+    found = state.regions[rank].signals[number % model.depth * model.chunks + chunk]
+    return found is not None and found >= model.word(state.ranks[rank].epoch, number)
+
+
+# --- what the network does ---------------------------------------------------------------------
+
+
+def written(
+    model: Model, state: State, source: int, target: int, put: Put, words: tuple[int, ...]
+) -> tuple[State, str]:
+    """These words of a chunk are put in place; or, for none, its signal."""
+    region = state.regions[target]
+    if region.epoch != put.epoch and "new-region" not in model.without:
+        return state, ""  # a mailbox of an older epoch, which nobody reads any more
+    slot = put.round % model.depth
+    place = slot * model.chunks + put.chunk
+    fault = ""
+    if not words:
+        word = model.word(put.epoch, put.round)
+        region = region._replace(signals=replaced(region.signals, place, word))
+    else:
+        slots = region.slots
+        for each in words:
+            payload = (source, put.round, put.epoch)
+            slots = replaced(slots, place * model.words + each, payload)
+        if region.epoch != put.epoch:
+            fault = f"rank {source} of epoch {put.epoch} wrote into a mailbox of {region.epoch}"
+        elif region.writable[slot] != put.round and "first-credit" not in model.without:
+            fault = f"rank {source} wrote round {put.round} into slot {slot} without its credit"
+        region = region._replace(slots=slots)
+    return state._replace(regions=replaced(state.regions, target, region)), fault
+
+
+def unchanged(model: Model, state: State, source: int, epoch: int, number: int, word: int) -> bool:
+    """Whether word `word` (of all chunks) of the source is still that of round `number`."""
+    me = state.ranks[source]
+    return me.state == ACTIVE and (me.epoch, me.round) == (epoch, number) and me.mixed <= word
+
+
+def reachable(model: Model, state: State, target: int, epoch: int, stored: bool) -> bool:
+    """Whether what was sent to `target` in `epoch` can arrive now. stored: into shared memory."""
+    me = state.ranks[target]
+    if epoch > me.epoch:
+        return False  # it has yet to enter that epoch
+    if stored:
+        return True
+    return me.state not in (LEFT, DEAD) and (epoch == me.epoch or "closed" in model.without)
+
+
+def put_steps(model: Model, state: State, source: int, target: int) -> Iterator[Step]:
+    """Words of puts of this endpoint are read at the source, or put in place at the target."""
+    place, stored = source * model.size + target, model.way == "store"
+    queue = state.queues[place]
+    fenced = False
+    for i, put in enumerate(queue):
+        if put is FENCE:
+            fenced = True
+            continue
+        may_arrive = not fenced and reachable(model, state, target, put.epoch, stored)
+        if not put.stages and may_arrive:
+            after, fault = written(model, state, source, target, put, ())
+            after = with_queue(after, place, queue[:i] + queue[i + 1 :])
+            yield (
+                f"signal of chunk {put.chunk}, round {put.round} arrives at {target}",
+                after,
+                fault,
+            )
+        for word, stage in enumerate(put.stages):
+            where = f"word {word} of chunk {put.chunk}, round {put.round},"
+            moved = put._replace(stages=replaced(put.stages, word, stage + 1))
+            if stage == 0 and state.ranks[source].state != DEAD:
+                intact = unchanged(
+                    model, state, source, put.epoch, put.round, put.chunk * model.words + word
+                )
+                fault = "" if intact else f"the source of {where} of rank {source} has changed"
+                after = with_queue(state, place, replaced(queue, i, moved))
+                after = with_rank(after, source, asleep=False)  # completions wake, too
+                yield f"{where} leaves {source}", after, fault
+            elif stage == 1 and may_arrive:
+                after, fault = written(model, state, source, target, put, (word,))
+                rest = queue[:i] + queue[i + 1 :]
+                whole = moved.stages.count(2) == model.words
+                after = with_queue(after, place, rest if whole else replaced(queue, i, moved))
+                yield f"{where} arrives at {target}", after, fault
+
+
+def delivered(model: Model, state: State, message: Message) -> tuple[State, str]:
+    """A handler runs at the target (engine/handlers.py)."""
+    target, n, chunk = message.target, message.round, message.chunk
+    me = state.ranks[target]
+    state = state._replace(messages=state.messages - {message})
+    if message.epoch != me.epoch and "epoch" not in model.without:
+        return state, ""  # counted and dropped
+    state = with_rank(state, target, asleep=False)
+    if message.kind == "credit":
+        kept = me.credits
+        if "credit-by-round" in model.without:
+            kept = frozenset(each for each in kept if (each - n) % model.depth)
+        return with_rank(state, target, credits=kept | {n}), ""
+    if message.kind == "bell":
+        if visible(model, state, target, n, chunk):
+            return state, ""
+        return with_rank(state, target, unseen=me.unseen | {(n, chunk)}), ""
+    put = Put(message.epoch, n, chunk, ())
+    state, fault = written(model, state, message.source, target, put, tuple(range(model.words)))
+    return written(model, state, message.source, target, put, ())[0], fault
+
+
+def message_steps(model: Model, state: State) -> Iterator[Step]:
+    """An active message's payload is read, or it is handled."""
+    for message in sorted(state.messages):  # sets of words have another order in each process
+        target = message.target
+        what = f"{message.kind} {message.round} from {message.source} to {message.target}"
+        if not message.read:
+            if state.ranks[message.source].state == DEAD:
+                continue
+            first = message.chunk * model.words
+            intact = unchanged(model, state, message.source, message.epoch, message.round, first)
+            after = state._replace(messages=state.messages - {message})
+            after = sending(after, message._replace(read=True))
+            after = with_rank(after, message.source, asleep=False)
+            yield f"{what} leaves", after, "" if intact else f"the source of {what} has changed"
+        elif reachable(model, state, target, message.epoch, stored=False):
+            after, fault = delivered(model, state, message)
+            yield f"{what} is handled", after, fault
+
+
+# --- failures and epochs -----------------------------------------------------------------------
+
+
+def cut_off(state: State, rank: int, model: Model) -> State:
+    """The connections of `rank` are gone, with all that was under way on them.
+
+    Stores into shared memory are no messages: they are seen in the end.
+    """
+    if model.way != "store":
+        queues = tuple(
+            () if rank in divmod(place, model.size) else queue
+            for place, queue in enumerate(state.queues)
+        )
+        state = state._replace(queues=queues)
+    return state._replace(
+        messages=frozenset(m for m in state.messages if rank not in (m.source, m.target))
+    )
+
+
+def failure_steps(model: Model, state: State) -> Iterator[Step]:
+    """The victim is killed or suspected; what it had under way lands, or is lost; a regroup."""
+    victim = model.victim
+    if not state.failed:
+        if model.failure and state.ranks[victim].round < model.rounds:
+            after = state._replace(failed=True)
+            if model.failure == "kill":
+                after = with_rank(after, victim, state=DEAD, asleep=False)
+            yield f"{victim}: {model.failure}", after, ""
+        return
+    if model.failure == "kill":
+        after = cut_off(state, victim, model)
+        if after != state:
+            yield f"connections of {victim} are reset", after, ""
+    if not model.regroup:
+        return
+    survivors = range(victim)
+    for rank in survivors:
+        me = state.ranks[rank]
+        if me.epoch == 0 and me.state != LEFT:
+            after = with_rank(state, rank, state=LEFT, round=me.round + (me.state == ACTIVE))
+            if "closed" not in model.without:
+                after = cut_off(after, rank, model)
+            yield f"{rank}: leave the epoch", after, ""
+        elif me.state == LEFT and all(
+            state.ranks[each].state == LEFT or state.ranks[each].epoch == 1 for each in survivors
+        ):
+            # Rounds up to the base are solo: each goes on alone to where the first of them is.
+            others = [state.ranks[each] for each in survivors]
+            base = max(each.base if each.epoch else each.round for each in others)
+            region = state.regions[rank]
+            if "new-region" not in model.without:
+                region = empty_region(model, 1)
+            region = region._replace(epoch=1, writable=(NONE,) * model.depth)
+            after = state._replace(
+                ranks=replaced(state.ranks, rank, Rank(IDLE, 1, base, base)),
+                regions=replaced(state.regions, rank, region),
+            )
+            yield f"{rank}: enter epoch 1 at round {base}", after, ""
+
+
+# --- the search --------------------------------------------------------------------------------
+
+
+def steps(model: Model, state: State) -> list[Step]:
+    """Everything that can happen next."""
+    found: list[Step] = []
+    for rank, me in enumerate(state.ranks):
+        if me.asleep:
+            continue
+        own = list(rank_steps(model, state, rank))
+        found += own if own or not model.sleeping else sleep_step(model, state, rank)
+    for source in range(model.size):
+        for target in range(model.size):
+            if state.queues[source * model.size + target]:
+                found += put_steps(model, state, source, target)
+    found += message_steps(model, state)
+    found += failure_steps(model, state)
+    return found
+
+
+def waits_for(model: Model, state: State, rank: int) -> int:
+    """Whom the round of `rank` waits for, where it cannot go on."""
+    me = state.ranks[rank]
+    if not me.credited or me.sent < model.chunks:
+        return model.to(me.epoch, rank, me.round)
+    return model.sender(me.epoch, rank, me.round)
+
+
+def stuck(model: Model, state: State) -> str:
+    """Why a state without further steps is no good end; "" if it is one."""
+    for rank, me in enumerate(state.ranks):
+        if me.state == DEAD or (state.failed and model.regroup and rank == model.victim):
+            continue
+        seen: list[int] = []
+        waiting = rank
+        while state.ranks[waiting].state == ACTIVE and waiting not in seen:
+            seen.append(waiting)
+            waiting = waits_for(model, state, waiting)
+        if me.round < model.rounds and state.ranks[waiting].state != DEAD:
+            chain = " for ".join(map(str, [*seen, waiting]))
+            return f"no step is left, and round {me.round} of rank {rank} has not ended: {chain}"
+    return ""
+
+
+@dataclass
+class Result:
+    """states: looked at. ends: states without a further step. fault: the promise that is broken
+    ("": none), and trace what led there."""
+
+    states: int
+    ends: int
+    fault: str
+    trace: list[str]
+
+
+def search(model: Model, limit: int = 1_000_000) -> Result:
+    """Try every order of steps; at most `limit` states (`RuntimeError` beyond)."""
+    unknown = model.without - RULES.keys()
+    if unknown:
+        raise ValueError(f"no such rule: {', '.join(sorted(unknown))}")
+    first = start(model)
+    known: dict[State, tuple[State, str] | None] = {first: None}
+    frontier = [first]
+    ends = 0
+    while frontier:
+        following: list[State] = []
+        for state in frontier:
+            found = steps(model, state)
+            if not found:
+                ends += 1
+                if fault := stuck(model, state):
+                    return Result(len(known), ends, fault, trace(known, state))
+            for name, after, fault in found:
+                if fault:
+                    return Result(len(known), ends, fault, [*trace(known, state), name])
+                if after not in known:
+                    known[after] = (state, name)
+                    following.append(after)
+        frontier = following
+        if len(known) > limit:
+            raise RuntimeError(f"{model}: more than {limit} states")
+    return Result(len(known), ends, "", [])
+
+
+def walk(model: Model, seed: int, limit: int = 100_000) -> Result:
+    """One order of steps at random, to the end: for cases with too many states to try them all."""
+    choose = random.Random(seed)
+    state, names = start(model), []
+    while found := steps(model, state):
+        name, state, fault = choose.choice(found)
+        names.append(name)
+        if fault:
+            return Result(len(names), 0, fault, names)
+        if len(names) > limit:
+            raise RuntimeError(f"{model}: more than {limit} steps")
+    return Result(len(names), 1, stuck(model, state), names)
+
+
+def trace(known: dict[State, tuple[State, str] | None], state: State) -> list[str]:
+    """The steps that led to `state`."""
+    names: list[str] = []
+    while (origin := known[state]) is not None:
+        state, name = origin
+        names.append(name)
+    return names[::-1]
+
+
+CASES: dict[str, Model] = {
+    "two ranks": Model(rounds=3),
+    "two slots": Model(rounds=5, depth=2),
+    "two chunks": Model(rounds=2, chunks=2, words=1),
+    "two slots of two chunks": Model(rounds=3, depth=2, chunks=2, words=1),
+    "stores": Model(rounds=4, depth=2, way="store"),
+    "stores, two chunks": Model(rounds=2, chunks=2, way="store"),
+    "messages": Model(rounds=6, depth=2, way="message"),
+    "three ranks": Model(size=3, rounds=3, words=1),
+    "three ranks, stores": Model(size=3, rounds=3, words=1, way="store"),
+    "three ranks, messages": Model(size=3, rounds=4, words=1, way="message"),
+    "sleep": Model(rounds=2, words=1, sleeping=True),
+    "sleep, stores": Model(rounds=2, words=1, way="store", sleeping=True),
+    "kill": Model(rounds=3, failure="kill"),
+    "kill, stores": Model(rounds=3, way="store", failure="kill"),
+    "kill, messages": Model(rounds=3, way="message", failure="kill"),
+    "kill, three ranks": Model(size=3, rounds=2, words=1, failure="kill"),
+}
+"""Cases of the protocol as it is."""
+
+REGROUP = Model(size=3, rounds=2, words=1, regroup=True)
+
+LONG_CASES: dict[str, Model] = {
+    "three ranks, two slots": Model(size=3, rounds=3, depth=2, words=1),
+    "kill and regroup": replace(REGROUP, failure="kill"),
+    "kill and regroup, stores": replace(REGROUP, failure="kill", way="store"),
+    "kill and regroup, messages": replace(REGROUP, failure="kill", way="message"),
+    "suspect and regroup": replace(REGROUP, failure="suspect"),
+    "suspect and regroup, stores": replace(REGROUP, failure="suspect", way="store"),
+    "suspect and regroup, messages": replace(REGROUP, failure="suspect", way="message"),
+}
+"""More of them, of 50,000 to 250,000 states each."""
+
+
+def main() -> None:
+    for name, model in {**CASES, **LONG_CASES}.items():
+        begun = time.monotonic()
+        result = search(model)
+        seconds = time.monotonic() - begun
+        print(
+            f"{name:30} {result.states:8} states {result.ends:5} ends {seconds:6.1f} s  "
+            f"{result.fault or 'sound'}"
+        )
+        for step in result.trace:
+            print("    " + step)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""Wardens in one process: watch, meetings, questions, and a change of members."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from ucxgossip.errors import ExchangeTimeoutError, MismatchError, RankMissingError
+from ucxgossip.members import Facts, View, Warden
+from ucxgossip.trust import Seal
+
+DEADLINE_S = 20.0
+
+
+class Ranks:
+    """Wardens of a job, and what each told its group."""
+
+    def __init__(self, size: int, dead_after: float) -> None:
+        self.frozen: dict[int, list[int]] = {rank: [] for rank in range(size)}
+        self.views: dict[int, list[View]] = {rank: [] for rank in range(size)}
+        self.told: dict[int, list[str]] = {rank: [] for rank in range(size)}
+        self.wardens = [self._make(rank, dead_after) for rank in range(size)]
+        addresses = {warden.rank: warden.address for warden in self.wardens}
+        for warden in self.wardens:
+            warden.start(addresses)
+
+    def _make(self, rank: int, dead_after: float) -> Warden:
+        def freeze(epoch: int) -> Facts:
+            self.frozen[rank].append(epoch)
+            return Facts((epoch, rank), *self.wardens[rank].passed)
+
+        return Warden(
+            rank,
+            "127.0.0.1",
+            Seal(b"0123456789abcdef"),
+            dead_after,
+            freeze,
+            self.views[rank].append,
+            self.told[rank].append,
+            lambda who, reason: self.told[rank].append(f"{who}: {reason}"),
+        )
+
+    def kill(self, rank: int) -> None:
+        """What a kill leaves of a warden: closed sockets and no goodbye."""
+        warden = self.wardens[rank]
+        warden._do(lambda: setattr(warden, "_stop", True))
+        warden._thread.join(DEADLINE_S)
+        warden._pulse._words[0] = 1  # its thread ends; nothing more is written
+        warden._pulse._thread.join(DEADLINE_S)
+        for link in warden._every_link():
+            link.close()
+        for key in list(warden._selector.get_map().values()):
+            if hasattr(key.fileobj, "close"):
+                key.fileobj.close()
+        warden._wake_write.close()
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for what the wardens' own threads bring about."""
+        changed = self.wardens[-1]._changed
+        deadline = time.monotonic() + DEADLINE_S
+        with changed:
+            while not condition():
+                changed.wait(0.01)
+                assert time.monotonic() < deadline, "deadline"
+
+
+@contextmanager
+def ranks(size: int, dead_after: float = 10.0) -> Iterator[Ranks]:
+    made = Ranks(size, dead_after)
+    try:
+        yield made
+    finally:
+        for warden in made.wardens:
+            warden.leave()
+        for warden in made.wardens:
+            warden.close()
+            warden.close()
+
+
+def together(job: Ranks, call: Callable[[Warden], Any], who: list[int] | None = None) -> list[Any]:
+    """Run `call` for each warden in a thread of its own; what each returned or raised."""
+    wardens = [job.wardens[rank] for rank in who] if who else job.wardens
+    ends: list[Any] = [None] * len(wardens)
+
+    def body(place: int) -> None:
+        try:
+            ends[place] = call(wardens[place])
+        except Exception as error:
+            ends[place] = error
+
+    threads = [threading.Thread(target=body, args=(i,), daemon=True) for i in range(len(wardens))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+        assert not thread.is_alive()
+    return ends
+
+
+def joined(blobs: list[bytes], ranks: Any) -> bytes:
+    return b"|".join(blobs)
+
+
+def test_meetings_give_all_the_same() -> None:
+    with ranks(4) as job:
+        for number in range(3):
+            mine = [f"{rank}{number}".encode() for rank in range(4)]
+            ends = together(
+                job, lambda w, mine=mine: w.meet(0, "x", mine[w.rank], joined, DEADLINE_S)
+            )
+            assert ends == [f"0{number}|1{number}|2{number}|3{number}".encode()] * 4
+
+
+def test_ranks_that_meet_for_different_things_are_told() -> None:
+    with ranks(3) as job:
+        ends = together(
+            job, lambda w: w.meet(0, "attach" if w.rank else "mailbox", b"", joined, DEADLINE_S)
+        )
+    assert len({str(end) for end in ends}) == 1
+    assert all(isinstance(end, MismatchError) for end in ends)
+    assert "rank 0 is at 'mailbox', rank 1 at 'attach'" in str(ends[0])
+
+
+def test_who_does_not_come_is_named() -> None:
+    with ranks(4) as job:
+        ends = together(job, lambda w: w.meet(0, "attach", b"", joined, 0.3), [0, 2])
+    for end in ends:
+        assert isinstance(end, RankMissingError) and end.ranks == (1, 3)
+        assert "for ranks 1, 3 at 'attach'" in str(end)
+
+
+def test_questions_wait_for_their_answer() -> None:
+    with ranks(2) as job:
+        job.wardens[1].offer("here", b"\x00\xff")
+        assert job.wardens[0].fetch(1, "here", DEADLINE_S) == b"\x00\xff"
+        with pytest.raises(ExchangeTimeoutError, match="to tell where its 'later' is"):
+            job.wardens[0].fetch(1, "later", 0.2)
+        ends = together(
+            job,
+            lambda w: w.offer("later", b"now") if w.rank else w.fetch(1, "later", DEADLINE_S),
+        )
+        assert ends[0] == b"now"
+
+
+def test_a_rank_that_is_gone_is_left_out() -> None:
+    """Those who wait for something meanwhile return with nothing, to begin anew."""
+    with ranks(4) as job:
+        together(job, lambda w: w.meet(0, "x", b"", joined, DEADLINE_S))
+        job.kill(0)
+        ends = together(job, lambda w: w.meet(0, "y", b"", joined, DEADLINE_S), [1, 2, 3])
+        assert ends == [None] * 3
+        for rank in (1, 2, 3):
+            (view,) = job.views[rank]
+            assert view.members == (1, 2, 3) and view.epoch == 1
+            assert view.facts.rounds == (1, 3) and view.facts.passed == 1
+            assert job.frozen[rank][-1] == 1
+        ends = together(
+            job, lambda w: w.meet(1, "y", str(w.rank).encode(), joined, DEADLINE_S), [1, 2, 3]
+        )
+        assert ends == [b"1|2|3"] * 3
+        assert job.wardens[1].fetch(0, "x", DEADLINE_S) is None
+
+
+def test_a_silent_rank_is_left_out() -> None:
+    with ranks(4, dead_after=1.0) as job:
+        job.wardens[3]._pulse.close = lambda: None  # type: ignore[method-assign]
+        words = job.wardens[3]._pulse._words
+        words[0] = 1  # no pulse any more, and no connection is closed
+        job.until(lambda: all(job.views[rank] for rank in (0, 1, 2)))
+        assert job.views[0][0].members == (0, 1, 2)
+        job.until(lambda: bool(job.told[3]))
+        job.wardens[3]._pulse._thread.join(DEADLINE_S)
+
+
+def test_an_error_reaches_all() -> None:
+    with ranks(3) as job:
+        job.wardens[1].abort("out of memory")
+        job.until(lambda: bool(job.told[0] and job.told[2]))
+        assert job.told[0] == job.told[2] == ["1: out of memory"]
+
+
+def test_ranks_that_leave_in_peace_are_not_missed(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "ucxgossip")
+    with ranks(4) as job:
+        together(job, lambda w: w.meet(0, "leave", b"", joined, DEADLINE_S))
+        job.wardens[2].close()
+        job.wardens[0].close()
+        job.wardens[3].close()
+    assert all(not views for views in job.views.values())
+    assert not caplog.records
+
+
+def test_doubt() -> None:
+    """Between ranks that live it ends at once; where one is gone, with the change."""
+    with ranks(3) as job:
+        assert job.wardens[0].doubt([1, 2], 0, DEADLINE_S) is True
+        job.kill(2)
+        assert job.wardens[0].doubt([1, 2], 0, DEADLINE_S) is False
+        assert job.wardens[0].view.members == (0, 1)
+
+
+def test_a_connection_closed_by_the_event_before_its_own_is_passed_over() -> None:
+    with ranks(2) as job:
+        warden = job.wardens[0]
+        through: list[bool] = []
+
+        def command() -> None:
+            link = warden._connect(1)
+            warden._drop(link)
+            warden._dispatch(link)
+            through.append(True)
+
+        warden._do(command)
+        job.until(lambda: bool(through))
+        assert job.told[0] == []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_a_warden_that_broke() -> None:
+    with ranks(2) as job:
+        warden = job.wardens[0]
+
+        def command() -> None:
+            raise RuntimeError("broken")
+
+        warden._do(command)
+        job.until(lambda: bool(job.told[0]))
+        assert "can watch over the others no longer: RuntimeError('broken')" in job.told[0][0]
+        assert warden.meet(0, "anything", b"", lambda blobs, _: b"", DEADLINE_S) is None

@@ -1,0 +1,10 @@
+"""Who is in the job: detection of dead ranks and agreement on those that live.
+
+`agreement` is the protocol, without sockets or clocks; `links` carries its messages; `pulse` lets
+others hear that this process lives; `warden` is the thread that ties them together.
+"""
+
+from ucxgossip.members.agreement import Agreement, Facts, View
+from ucxgossip.members.warden import Warden
+
+__all__ = ["Agreement", "Facts", "View", "Warden"]
