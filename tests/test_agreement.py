@@ -12,23 +12,24 @@ from ucxgossip.members import Agreement, Facts, View
 class World:
     """Ranks whose messages wait in links: in order on each link, in any order between links."""
 
-    def __init__(self, size: int, seed: int = 0) -> None:
+    def __init__(self, size: int, seed: int = 0, guests: int = 0) -> None:
         self.random = random.Random(seed)
         self.links: dict[tuple[int, int], deque[dict[str, Any]]] = {}
         self.dead: set[int] = set()
         self.cut: set[frozenset[int]] = set()
-        self.views: dict[int, list[View]] = {rank: [] for rank in range(size)}
+        everyone = range(size + guests)
+        self.views: dict[int, list[View]] = {rank: [] for rank in everyone}
         self.stopped: dict[int, str] = {}
-        self.frozen: dict[int, list[int]] = {rank: [] for rank in range(size)}
+        self.frozen: dict[int, list[int]] = {rank: [] for rank in everyone}
         first = View(0, tuple(range(size)))
-        self.ranks = {rank: self._make(rank, first) for rank in range(size)}
+        self.ranks = {rank: self._make(rank, first) for rank in everyone}
 
     def _make(self, rank: int, first: View) -> Agreement:
         def send(to: int, message: dict[str, Any]) -> None:
             if rank in self.dead:
                 return
             if to in self.dead:  # the host refuses the connection
-                self.ranks[rank].suspect(to, True)
+                self.notice(rank, to)
             elif frozenset((rank, to)) not in self.cut:
                 self.links.setdefault((rank, to), deque()).append(message)
 
@@ -44,6 +45,24 @@ class World:
             self.stopped[rank] = reason
 
         return Agreement(rank, first, send, freeze, install, expelled)
+
+    def notice(self, rank: int, dead: int) -> None:
+        """`rank` learns that `dead` is."""
+        self.ranks[rank].suspect(dead, True)
+        self.ranks[rank].turn_away(dead)
+
+    def knock(self) -> None:
+        """Let the guests ask all members, and learn what the view is."""
+        members = [rank for rank in self.living if self.ranks[rank].inside]
+        for guest in self.living:
+            agreement = self.ranks[guest]
+            if agreement.inside or not members:
+                continue
+            view = self.ranks[self.random.choice(members)].view
+            if view.epoch > agreement.view.epoch and guest not in view.members:
+                agreement.view = view
+            for rank in members:
+                self.ranks[rank].admit(guest)
 
     def kill(self, rank: int) -> None:
         """Take `rank` down; what it has sent may arrive or not."""
@@ -81,10 +100,10 @@ class World:
                 for step in (k, -k):
                     other = members[(place + step) % len(members)]
                     if other in self.dead:
-                        self.ranks[rank].suspect(other, True)
+                        self.notice(rank, other)
             for other in self.dead:
                 if (rank, other) in self.links:
-                    self.ranks[rank].suspect(other, True)
+                    self.notice(rank, other)
 
     def run(self, kills: int = 0, chance: float = 0.1) -> None:
         """Deliver until nothing moves, killing `kills` ranks at random moments."""
@@ -94,8 +113,11 @@ class World:
                 kills -= 1
             if self.random.random() < 0.3:
                 self.watch()
+            if self.random.random() < 0.1:
+                self.knock()
             if not self.deliver() and not kills:
                 self.watch()
+                self.knock()
                 if not any(self.links.values()):
                     return
         raise AssertionError("the ranks never came to rest")
@@ -123,6 +145,66 @@ def test_the_living_agree_whoever_dies_when(size: int, seed: int) -> None:
         assert facts.passed == max(final[0].members)
         assert facts.rounds[1] == max(final[0].members)
         assert facts.result == f"{max(final[0].members):02x}"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("guests", [1, 3])
+@pytest.mark.parametrize("seed", range(60))
+def test_guests_come_in_whoever_dies_when(size: int, guests: int, seed: int) -> None:
+    world = World(size, seed, guests)
+    kills = seed % size
+    world.run(kills=kills, chance=0.02 + 0.05 * (seed % 7))
+    assert not world.stopped
+    if not any(rank < size for rank in world.living):
+        pytest.skip("all who could have let somebody in are dead")
+    final = [world.ranks[rank].view for rank in world.living]
+    assert all(view.members == tuple(world.living) for view in final), final
+    assert len({view.epoch for view in final}) == 1
+    for rank in world.living:
+        epochs = [view.epoch for view in world.views[rank]]
+        assert epochs == sorted(set(epochs)), f"rank {rank} installed {epochs}"
+
+
+def test_a_guest_that_dies_while_it_comes_in_is_left_out() -> None:
+    world = World(3, guests=1)
+    world.ranks[0].admit(3)
+    world.kill(3)
+    world.notice(0, 3)
+    world.run()
+    assert [world.ranks[rank].view.members for rank in range(3)] == [(0, 1, 2)] * 3
+    assert world.ranks[0].view.epoch == 1
+
+
+def test_a_guest_that_does_not_answer_has_to_ask_again() -> None:
+    world = World(3, guests=1)
+    world.ranks[0].admit(3)
+    world.links[0, 3] = deque()  # its prepare is lost
+    while world.deliver():
+        continue
+    assert world.ranks[0].changing
+    world.ranks[0].retry()
+    while world.deliver():
+        continue
+    assert world.ranks[1].view == world.ranks[0].view
+    assert world.ranks[0].view.members == (0, 1, 2)
+    world.run()
+    assert world.ranks[3].view.members == (0, 1, 2, 3)
+
+
+def test_a_guest_is_in_once_another_member_than_the_leader_says_so() -> None:
+    """What only the leader has committed may be passed over when it dies."""
+    world = World(3, guests=1)
+    world.ranks[0].admit(3)
+    while not world.views[0]:
+        assert world.deliver()
+    assert not any(m["kind"] == "commit" for m in world.links.get((0, 3), ()))
+    world.kill(0)
+    for rank in (1, 2, 3):
+        world.links[0, rank] = deque()
+    world.run()
+    assert not world.stopped
+    assert {world.ranks[rank].view.members for rank in (1, 2, 3)} == {(1, 2, 3)}
+    assert len({world.ranks[rank].view.epoch for rank in (1, 2, 3)}) == 1
 
 
 def test_a_commit_that_one_rank_has_is_not_passed_over() -> None:

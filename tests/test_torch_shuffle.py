@@ -713,7 +713,7 @@ def test_ranks_with_different_batches(job: Job, other: Any, message: str) -> Non
     ends = job(3, body, raw=True)
     assert all(isinstance(end, errors.MismatchError) for end in ends)
     assert len({str(end) for end in ends}) == 1
-    assert f"shuffled: {message}" in str(ends[0])
+    assert f"batches of shuffled: {message}" in str(ends[0])
 
 
 @pytest.mark.parametrize(

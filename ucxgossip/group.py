@@ -8,23 +8,22 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import mmap
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from importlib import metadata
 from types import TracebackType
-from typing import Any, NamedTuple, NoReturn, Self
+from typing import Any, NoReturn, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ucxgossip import forks
+from ucxgossip import forks, running
 from ucxgossip.buffer import Buffer
 from ucxgossip.engine import Engine, Post, Tuning, rounds
 from ucxgossip.engine import words as w
@@ -32,27 +31,25 @@ from ucxgossip.errors import (
     ArgumentError,
     ArrayError,
     ClosedError,
-    ExchangeError,
-    ExchangeTimeoutError,
     ExpelledError,
-    GossipError,
     IntegrityError,
     MismatchError,
     PeerError,
+    RankMissingError,
     ScheduleError,
     UCXError,
 )
-from ucxgossip.mailbox import Layout, Mailbox, parse_description
-from ucxgossip.members import Facts, View, Warden
+from ucxgossip.mailbox import Mailbox
+from ucxgossip.membership import JobGoneError, Membership
 from ucxgossip.quarantine import Quarantine, check_policy
-from ucxgossip.rendezvous import Rendezvous, first_difference
-from ucxgossip.schedule import ALONE, Dissemination, Living, Rotated, Round, Schedule
+from ucxgossip.rendezvous import Rendezvous
+from ucxgossip.schedule import ALONE, Dissemination, Rotated, Round, Schedule
 from ucxgossip.store import Place, Solitary, Store, open_store
 from ucxgossip.trust import find_token, new_token
 from ucxgossip.ucp import ops
 from ucxgossip.ucp.context import TRANSPORTS, Context
 from ucxgossip.ucp.lib import status_name
-from ucxgossip.ucp.memory import MemoryRegion, RemoteKey
+from ucxgossip.ucp.memory import MemoryRegion
 
 PROTOCOL = 2
 """Raised whenever ranks of different releases could not work together."""
@@ -60,6 +57,7 @@ PROTOCOL = 2
 DEFAULT_TIMEOUT = 300.0
 DEAD_AFTER = 3.0
 _SLICE = 1.0
+_LOOK_S = 0.2
 _GOODBYE = 3.0
 
 log = logging.getLogger("ucxgossip")
@@ -89,8 +87,13 @@ def join(
     dead_after: float = DEAD_AFTER,
     token: str | bytes | None = None,
     verify: bool = False,
+    min_size: int | None = None,
 ) -> Group:
     """Join the job: returns when every rank is here. Collective.
+
+    If the job runs already, this rank comes to it as a guest, and becomes a member as soon as it
+    has something to exchange: `attach` fetches weights, optimizer state and step before
+    (docs/members.md).
 
     rank, size, store: from torchrun's environment by default (RANK, WORLD_SIZE, MASTER_ADDR,
     MASTER_PORT; without them, a job of one rank). `store` is anything with the methods of
@@ -101,7 +104,8 @@ def join(
     share; by default that of `trust.find_token`, which needs no setting on one host or with a
     shared home. verify: a checksum (XXH64) travels with every chunk and is checked before the chunk
     is used (`IntegrityError`): to prove a network or a driver, not for each day
-    (docs/performance.md has its cost).
+    (docs/performance.md has its cost). min_size: so many ranks, the lowest, begin the job
+    (UCXGOSSIP_MIN_SIZE by default, or all); the others come to it later.
 
     Raises `RankMissingError`, `MismatchError`, `SignatureError`, `PortInUseError`,
     `LibraryNotFoundError`, `ArgumentError` (`TokenError`), or `ForkError` in a process forked after
@@ -124,36 +128,55 @@ def join(
     place = Place.from_environment(rank, size)
     if store is None and place.size == 1:
         store, token = Solitary(), new_token() if token is None else token
+    min_size = place.founders(min_size)
     secret = find_token(token)  # before a store is opened
     store = open_store(place, timeout) if store is None else store
-    meeting = Rendezvous(store, place.rank, place.size, timeout, secret)
+    meeting = Rendezvous(store, place.rank, min_size, timeout, secret)
+    note = running.next_key()
     chosen = dict(settings or {})
     if place.local_size == place.size:
         chosen.setdefault("NET_DEVICES", "lo")
-    context = None
+    context, found = None, None
     try:
         context = Context(transport, chosen, estimated_peers=place.size)
-        return Group(context, meeting, tuning or TUNING[transport], place, dead_after, verify)
+        common = (context, meeting, tuning or TUNING[transport], place, dead_after, verify, note)
+        for found in _running_jobs(meeting, place, note):
+            with suppress(JobGoneError):
+                return Group(*common, found)
+        found = None
+        return Group(*common)
     except BaseException as error:
         if context is not None:
             context.close()
-        if not isinstance(error, MismatchError | PeerError):
-            with suppress(Exception):  # the error at hand is the one to see
-                meeting.abort(f"{type(error).__name__}: {error}")
-        meeting.give_up()
+        if found is None:
+            if not isinstance(error, MismatchError | PeerError):
+                with suppress(Exception):  # the error at hand is the one to see
+                    meeting.abort(f"{type(error).__name__}: {error}")
+            meeting.give_up()
         raise
 
 
-class Loss(NamedTuple):
-    """A rank that was lost: in which epoch the others went on, and when (seconds since 1970)."""
-
-    rank: int
-    epoch: int
-    when: float
-
-
-def _nothing(blobs: list[bytes], ranks: Sequence[int]) -> bytes:
-    return b"together"
+def _running_jobs(meeting: Rendezvous, place: Place, note: str) -> Iterator[running.Running]:
+    """The job that runs already, if any is noted; for a founder once, for others until one is."""
+    if place.size == 1:
+        return
+    deadline = time.monotonic() + meeting.timeout
+    while True:
+        found = running.read(meeting.board, note)
+        if found is not None:
+            yield found
+        if place.rank < meeting.size:
+            return
+        if time.monotonic() > deadline:
+            raise RankMissingError(
+                f"rank {place.rank} waited {meeting.timeout:.1f} s for ranks 0 to "
+                f"{meeting.size - 1} to start the job. Did they?",
+                tuple(range(meeting.size)),
+            )
+        if found is None:
+            running.wait(meeting.board, note, _LOOK_S)
+        else:  # a note of a job that is gone
+            time.sleep(_LOOK_S)
 
 
 def _facts(context: Context, tuning: Tuning) -> dict[str, object]:
@@ -177,8 +200,12 @@ def _facts(context: Context, tuning: Tuning) -> dict[str, object]:
     }
 
 
-class Group:
-    """The ranks of a job and what goes between them. Made by `join`."""
+class Group(Membership):
+    """The ranks of a job and what goes between them. Made by `join`.
+
+    found: a running job, to come to as a guest; else this rank founds one. note: the key by which
+    the store tells of it.
+    """
 
     def __init__(
         self,
@@ -188,192 +215,31 @@ class Group:
         place: Place,
         dead_after: float = DEAD_AFTER,
         verify: bool = False,
+        note: str = "",
+        found: running.Running | None = None,
     ) -> None:
-        self.context, self.tuning, self.verify = context, tuning, verify
+        engine = Engine(context, place.rank, place.size, tuning, ring=context.transport != "tcp")
+        super().__init__(context, engine, meeting, place.size, tuning, verify, dead_after)
         self._quarantine = Quarantine()
-        self.rank, self.size, self.timeout = meeting.rank, meeting.size, meeting.timeout
-        self._meeting = meeting
-        self._closed = False
-        self._forked = False
         self._closing = threading.RLock()
         forks.watch(self)
-        self._failure: GossipError | None = None
-        self._failure_told = False
-        self._patience = 2.0 * dead_after + 2.0
-        self.members: tuple[int, ...] = tuple(range(self.size))
-        self.epoch = 0
-        self.losses: list[Loss] = []
-        self._lock = threading.RLock()
-        self._steady_again = threading.Condition(self._lock)
-        self._frozen: int | None = None
-        self._froze = 0.0
-        self._livings: dict[int, tuple[Schedule, Living]] = {}
-        self._taken: dict[int, Callable[[], int]] = {}
-        self._view_facts = Facts()
         self._exchange_box: Mailbox | None = None
         self._exchange_dtype: np.dtype[Any] | None = None
         self._last_buffer: Buffer | None = None
         self._default_schedule = Rotated(Dissemination(self.size), seed=0)
         self._checked_schedule: Schedule = self._default_schedule
-        self.engine = Engine(context, self.rank, self.size, tuning, ring=context.transport != "tcp")
-        self._warden: Warden | None = None
+        facts = {**_facts(context, tuning), "ranks": self.size, "verify": verify}
         try:
-            meeting.agree("join", {**_facts(context, tuning), "verify": verify})
-            if self.size > 1:
-                self._warden = self._meet_wardens(place, dead_after)
+            if found is None:
+                self._found(place, facts, note)
+            else:
+                self._visit(place, facts, note, found)
         except BaseException:
-            self.engine.close()
+            engine.close()
             raise
-        self.engine.start()
+        engine.start()
 
-    def _meet_wardens(self, place: Place, dead_after: float) -> Warden:
-        """Start this rank's warden and tell all where it listens."""
-        meeting = self._meeting
-        warden = Warden(
-            self.rank,
-            place.own_host(),
-            meeting.meet(),
-            dead_after,
-            self._freeze,
-            self._install,
-            self._expel,
-            self._on_abort,
-        )
-        try:
-            meeting.publish("warden", json.dumps(warden.address).encode())
-            if self.rank == 0:
-                blobs = [meeting.collect("warden", rank) for rank in range(self.size)]
-                meeting.publish("wardens", json.dumps([json.loads(b) for b in blobs]).encode())
-            addresses = json.loads(meeting.collect("wardens", 0))
-            meeting.agree("wardens", {})
-            warden.offer("worker 0", self.engine.worker.address)
-            warden.start({rank: (host, port) for rank, (host, port) in enumerate(addresses)})
-        except BaseException:
-            warden.close()
-            raise
-        return warden
-
-    # --- mailboxes and partners ----------------------------------------------------------------
-
-    def agree(self, name: str, facts: Mapping[str, object]) -> None:
-        """Meet all members and check that they bring the same facts. Collective.
-
-        `MismatchError` where they do not, with the same message on every rank.
-        """
-
-        def compare(blobs: list[bytes], ranks: Sequence[int]) -> bytes:
-            first = json.loads(blobs[0])
-            for blob, rank in zip(blobs, ranks, strict=True):
-                difference = first_difference(first, json.loads(blob), rank, first=ranks[0])
-                if difference:
-                    return f"{name}: {difference}".encode()
-            return b""
-
-        message = self._meet(name, json.dumps(facts).encode(), compare)
-        if message:  # whoever left may have left because of it
-            raise MismatchError(message.decode())
-        self._check_usable()
-
-    def share(self, name: str, blob: bytes, merge: Callable[[list[bytes]], bytes]) -> bytes:
-        """What `merge` makes of the blobs of all members, in order. Collective.
-
-        For what is rare and small: it goes through the member with the lowest rank.
-        """
-        return self._meet(name, blob, lambda blobs, _: merge(blobs))
-
-    def _meet(
-        self, name: str, blob: bytes, merge: Callable[[list[bytes], Sequence[int]], bytes]
-    ) -> bytes:
-        while True:
-            with self.steady():
-                epoch = self.epoch
-            if self._warden is None:
-                return merge([blob], [self.rank])
-            try:
-                found = self._warden.meet(epoch, name, blob, merge, self.timeout)
-            except MismatchError:
-                raise
-            except GossipError as error:
-                self._fail(error)
-            if found is not None:
-                return found
-            self._check_usable()
-
-    def together(self, operation: Callable[[int], bool], undo: Callable[[], None]) -> int:
-        """Do `operation` until all members have done it in one epoch; which. Collective.
-
-        operation: called with the epoch, outside of which it may post nothing; whether all its
-        rounds ended. undo: brings back what it changed, to do it again.
-        """
-        while True:
-            with self.steady():
-                epoch = self.epoch
-            if operation(epoch) and self.confirm(epoch):
-                return epoch
-            undo()
-            self.await_change(epoch)
-
-    def confirm(self, epoch: int) -> bool:
-        """Meet all members: whether all have come here in `epoch`. Collective."""
-        if self._warden is None:
-            return True
-        try:
-            return bool(self._warden.meet(epoch, "together", b"", _nothing, self.timeout))
-        except GossipError as error:
-            self._fail(error)
-
-    def mailbox(self, nbytes: int, depth: int = 2) -> Mailbox:
-        """A stream of rounds of at most `nbytes` each, `depth` of which may wait. Collective."""
-        self._check_usable()
-        if isinstance(nbytes, bool) or not isinstance(nbytes, int) or nbytes < 1:
-            raise ArgumentError(f"mailbox of {nbytes!r} bytes; must be a positive whole number")
-        layout = Layout(nbytes, depth, self.tuning.chunk, self.verify)
-        with self.steady():
-            mailbox = Mailbox(self.context, layout, self.size)
-            try:
-                self.engine.open(mailbox)
-            except BaseException:
-                mailbox.close()
-                raise
-            self._offer(mailbox)
-        self.agree(f"mailbox {mailbox.index}", {"bytes": nbytes, "depth": depth})
-        return mailbox
-
-    def _offer(self, mailbox: Mailbox) -> None:
-        if self._warden is not None:
-            epoch = self.epoch if self._frozen is None else self._frozen
-            self._warden.offer(f"mailbox {mailbox.index} {epoch}", mailbox.describe())
-
-    def reach(self, rank: int, mailbox: Mailbox) -> bool:
-        """Make sure that `mailbox` can be put to on `rank`; False if it is no member (any more)."""
-        while True:
-            with self.steady():
-                if rank in mailbox.keys:
-                    return True
-                if rank not in self.members or self._warden is None:
-                    return False
-                epoch, known = self.epoch, rank in self.engine.endpoints
-            worker = b"" if known else self._fetch(rank, f"worker {epoch}")
-            blob = self._fetch(rank, f"mailbox {mailbox.index} {epoch}")
-            if worker is None or blob is None:
-                continue
-            address, packed = parse_description(blob, mailbox.layout, rank)
-            try:
-                with self.steady():
-                    if self.epoch == epoch and rank not in mailbox.keys:
-                        self.engine.connect(rank, worker)
-                        with self.engine.locked():
-                            key = RemoteKey(self.engine.endpoints[rank], packed)
-                            mailbox.set_peer(rank, key, address)
-            except UCXError as error:
-                self._doubt((rank,), epoch, error)
-
-    def _fetch(self, rank: int, name: str) -> bytes | None:
-        assert self._warden is not None
-        try:
-            return self._warden.fetch(rank, name, self.timeout)
-        except ExchangeTimeoutError as error:
-            self._fail(error)
+    # --- memory --------------------------------------------------------------------------------
 
     def allocate(self, nbytes: int) -> MemoryRegion:
         """Zeroed registered memory for payloads, page-aligned.
@@ -430,6 +296,8 @@ class Group:
         whole: bool,
         only: int | None = None,
     ) -> Round | None:
+        if self.guest:
+            self.enter()
         while True:
             with self.steady():
                 if only is not None and self.epoch != only:
@@ -569,6 +437,7 @@ class Group:
         Whether all ended whole; if not, the members have changed, and the buffer holds anything:
         see `together`. epoch: nothing is posted in another one.
         """
+        self.enter()
         with self.steady():
             if epoch is None:
                 epoch = self.epoch
@@ -594,130 +463,6 @@ class Group:
             if posted is None or not self.wait(mailbox):
                 return False
         return self.epoch == epoch
-
-    # --- members -------------------------------------------------------------------------------
-
-    @contextmanager
-    def steady(self) -> Iterator[None]:
-        """Hold the lock while no change of members is under way; waits for the end of one."""
-        with self._lock:
-            self._check_usable()
-            start = time.monotonic()
-            while self._frozen is not None:
-                waited = time.monotonic() - start
-                if waited > self.timeout:
-                    leader = self.members[0]
-                    what = "to end a change of the members"
-                    self._fail(
-                        ExchangeTimeoutError(
-                            f"rank {self.rank} waited {waited:.1f} s for rank {leader} (or whoever "
-                            f"leads in its place) {what}. Is it alive?",
-                            leader,
-                            what,
-                            waited,
-                        )
-                    )
-                self._steady_again.wait(min(_SLICE, self.timeout))
-                self._check_usable()
-            yield
-
-    def _freeze(self, epoch: int) -> Facts:
-        """Break off what is under way, for `epoch`. In the warden's thread."""
-        with self._lock:
-            if self._frozen != epoch and not self._closed and self._failure is None:
-                if self._frozen is None:
-                    self._froze = time.monotonic()
-                self._frozen = epoch
-                self.engine.renew(epoch, elsewhere=self.context.transport != "tcp")
-                assert self._warden is not None
-                self._warden.offer(f"worker {epoch}", self.engine.worker.address)
-                for mailbox in self.engine.mailboxes:
-                    self._offer(mailbox)
-            return Facts(
-                tuple(mailbox.round for mailbox in self.engine.mailboxes),
-                *((0, "") if self._warden is None else self._warden.passed),
-                tuple((self.rank, box, count()) for box, count in self._taken.items()),
-            )
-
-    def _install(self, view: View) -> None:
-        """Go on with the members of `view`. In the warden's thread."""
-        with self._lock:
-            lost = [rank for rank in self.members if rank not in view.members]
-            usable = self._frozen is not None
-            stall = time.monotonic() - self._froze
-            self.members, self.epoch, self._view_facts = view.members, view.epoch, view.facts
-            for mailbox, number in zip(self.engine.mailboxes, view.facts.rounds, strict=False):
-                mailbox.base = number
-            self._livings.clear()
-            now = time.time()
-            self.losses += [Loss(rank, view.epoch, now) for rank in lost]
-            self._frozen = None
-            self._steady_again.notify_all()
-        if not usable:  # it failed or was closed before: nothing goes on here
-            return
-        log.warning(
-            "rank %d: rank%s %s lost; %d of %d go on (epoch %d, rounds stood still for %.2f s)",
-            self.rank,
-            "s" if len(lost) > 1 else "",
-            ", ".join(map(str, lost)),
-            len(view.members),
-            self.size,
-            view.epoch,
-            stall,
-        )
-
-    def _expel(self, reason: str) -> None:
-        self._end(ExpelledError(reason))
-
-    def _on_abort(self, rank: int, reason: str) -> None:
-        self._end(PeerError(f"rank {rank} left the job: {reason}", rank))
-
-    def _end(self, failure: GossipError) -> None:
-        """Let every call fail with `failure` from now on. In the warden's thread."""
-        with self._lock:
-            if self._failure is None and not self._closed:
-                self._failure = failure
-                self._steady_again.notify_all()
-        self.engine.stop()
-
-    def _doubt(self, ranks: Sequence[int], epoch: int, error: GossipError) -> None:
-        """`error` may be the death of one of `ranks`: returns when the members have changed.
-
-        If they all live, it is an error.
-        """
-        if self._warden is None:
-            self._fail(error)
-        alive = self._warden.doubt([r for r in ranks if r >= 0], epoch, self._patience)
-        self._check_usable()
-        if alive:
-            self._fail(error)
-
-    def await_change(self, epoch: int) -> None:
-        """Return when `epoch` is over, or (`ExchangeTimeoutError`) not within the timeout."""
-        deadline = time.monotonic() + self.timeout
-        with self._lock:
-            while self.epoch == epoch:
-                self._check_usable()
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    what = "to change the members after a broken round"
-                    self._fail(
-                        ExchangeTimeoutError(
-                            f"rank {self.rank} waited {self.timeout:.1f} s for rank "
-                            f"{self.members[0]} {what}. Is it alive?",
-                            self.members[0],
-                            what,
-                            self.timeout,
-                        )
-                    )
-                self._steady_again.wait(min(left, _SLICE))
-
-    def living(self, schedule: Schedule) -> Living:
-        """`schedule` over the members."""
-        known = self._livings.get(id(schedule))
-        if known is None:
-            known = self._livings[id(schedule)] = (schedule, Living(schedule, self.members))
-        return known[1]
 
     def exchange(
         self,
@@ -812,15 +557,6 @@ class Group:
 
         return self._post(mailbox, source, target, parts, how, held, kick, whole)
 
-    def count_taken(self, mailbox: Mailbox, taken: Callable[[], int]) -> None:
-        """`taken` says how many messages of this channel were read (see `left_behind`)."""
-        self._taken[mailbox.index] = taken
-
-    def left_behind(self, mailbox: Mailbox, rank: int) -> int | None:
-        """How many messages of `mailbox` member `rank` had read when the members last changed."""
-        found = self._view_facts.taken
-        return next((n for r, box, n in found if (r, box) == (rank, mailbox.index)), None)
-
     def restart(self, mailbox: Mailbox) -> None:
         """Begin anew with all slots free, so that the next round may follow any step.
 
@@ -870,8 +606,10 @@ class Group:
                     "dtype": str(buffer.dtype),
                     "schedule": schedule.describe(),
                 },
+                once="exchange",
             )
-            self._exchange_box = self.mailbox(buffer.nbytes)
+            with self.naming("exchange"):
+                self._exchange_box = self.mailbox(buffer.nbytes)
             self._exchange_dtype = buffer.dtype
         elif self._exchange_dtype != buffer.dtype:
             raise ArrayError(
@@ -881,61 +619,6 @@ class Group:
         return self._exchange_box
 
     # --- the end -------------------------------------------------------------------------------
-
-    def _check_usable(self) -> None:
-        if self._closed:
-            raise forks.gone("the group", self._forked)
-        if self._failure is None:
-            return
-        if not self._failure_told:
-            self._failure_told = True
-            raise self._failure
-        raise ExchangeError(f"the group failed before: {self._failure}") from self._failure
-
-    def _fail(self, error: GossipError) -> NoReturn:
-        """Remember that rounds are broken off, tell the others, raise.
-
-        If another rank left with an error, that is the cause, and is raised in its place.
-        """
-        with self._lock:
-            first = self._failure is None
-            cause = self._failure if self._failure is not None else error
-            self._failure, self._failure_told = cause, True
-            self._steady_again.notify_all()
-        self.engine.stop()
-        if first:
-            self._tell(str(error))
-        raise cause
-
-    def _tell(self, reason: str) -> None:
-        """Tell the others that this rank ends the job."""
-        if self._warden is not None:
-            self._warden.abort(reason)
-        if 0 in self.members:  # else the store may have gone with rank 0
-            self._quietly(lambda: self._meeting.abort(reason))
-
-    @staticmethod
-    def _quietly(action: Callable[[], object]) -> None:
-        try:
-            action()
-        except Exception:  # the store may have gone with rank 0; the first error is the one to see
-            return
-
-    @property
-    def failed(self) -> bool:
-        """Whether a round or another rank failed; no round moves after that."""
-        return self._failure is not None
-
-    def abort(self, reason: str) -> None:
-        """Break off all rounds; the others get a `PeerError` at their next wait."""
-        if self._closed:
-            return
-        with self._lock:
-            self._failure = self._failure or ExchangeError(reason)
-            self._failure_told = True
-            self._steady_again.notify_all()
-        self._tell(reason)
-        self.engine.stop()
 
     def close(self) -> None:
         """Leave the job once all ranks are here to leave, or the group's timeout has passed.
@@ -960,7 +643,7 @@ class Group:
         try:
             if self._failure is None:
                 self._leave()
-            elif not isinstance(self._failure, ExpelledError):
+            elif not isinstance(self._failure, ExpelledError) and not self._came_late:
                 self._quietly(lambda: self._meeting.leave(min(self.timeout, _GOODBYE)))
         finally:
             with self._lock:
@@ -979,6 +662,9 @@ class Group:
         if self._warden is None:
             self._meeting.leave(self.timeout)
             return
+        if self.guest:
+            return
+        self._erase_note()
         # While everybody still drives, so that nobody's last put meets a closed door.
         deadline = time.monotonic() + self.timeout
         while self._failure is None and time.monotonic() < deadline:
@@ -989,26 +675,7 @@ class Group:
                 break
             except UCXError:  # a partner that is gone has nothing to lose by it
                 continue
-        while self._failure is None:
-            epoch = self.epoch
-            left = max(0.0, deadline - time.monotonic())
-            try:
-                if self._frozen is None and self._warden.meet(epoch, "leave", b"", _nothing, left):
-                    break
-            except GossipError as error:
-                log.warning("rank %d leaves alone: %s", self.rank, error)
-                break
-            if left == 0:
-                break
-            with suppress(GossipError):
-                self._await_thaw(left)
-        self._warden.leave()
-
-    def _await_thaw(self, timeout: float) -> None:
-        with self._lock:
-            self._steady_again.wait_for(
-                lambda: self._frozen is None or self._failure is not None, timeout
-            )
+        self._part(deadline)
 
     def __enter__(self) -> Self:
         return self

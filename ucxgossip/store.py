@@ -72,6 +72,15 @@ class Place:
         local = _whole("LOCAL_WORLD_SIZE", size if host in ("127.0.0.1", "localhost") else 1)
         return cls(rank, size, host or "127.0.0.1", _whole("MASTER_PORT", 29500), local)
 
+    def founders(self, min_size: int | None) -> int:
+        """How many ranks begin the job: `min_size`, else UCXGOSSIP_MIN_SIZE, else all."""
+        chosen = _whole("UCXGOSSIP_MIN_SIZE", self.size) if min_size is None else min_size
+        if type(chosen) is not int or not 1 <= chosen <= self.size:
+            raise ArgumentError(
+                f"min_size is {chosen!r}; must be a whole number from 1 to {self.size}"
+            )
+        return chosen
+
     def own_host(self) -> str:
         """The address at which the other ranks reach this host; UCXGOSSIP_HOST goes first.
 
@@ -105,6 +114,11 @@ def _whole(name: str, default: int) -> int:
         raise ArgumentError(f"environment variable {name} is {text!r}; not a number") from None
 
 
+def launcher_serves() -> bool:
+    """Whether torchrun's agent holds the store, and not rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def open_store(place: Place, timeout: float) -> Store:
     """torch's TCPStore of this job: torchrun's where it offers one, else rank 0 opens it.
 
@@ -115,9 +129,7 @@ def open_store(place: Place, timeout: float) -> Store:
 
     tcp_store: Any = vars(dist)["TCPStore"]  # which torch.distributed does not export by name
 
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-    serves = place.rank == 0 and not agent
+    serves = place.rank == 0 and not launcher_serves()
 
     def connect() -> Store:
         listener = _listen(place) if serves else None

@@ -151,6 +151,11 @@ class Seal:
     def __repr__(self) -> str:
         return f"<Seal of job {self._job.hex() or '(none)'}>"
 
+    @property
+    def job(self) -> bytes:
+        """What tells this job from others."""
+        return self._job
+
     def of_job(self, job: bytes) -> Seal:
         """The seal of the same token for another job."""
         seal = object.__new__(Seal)

@@ -133,6 +133,8 @@ class Agreement:
     ) -> None:
         self.rank, self.view = rank, view
         self.suspects: dict[int, bool] = {}
+        self.guests: set[int] = set()
+        self.contacts: dict[int, Any] = {}
         self._send, self._freeze, self._install, self._expelled = send, freeze, install, expelled
         self._promised = (0, -1)
         self._attempt = 0
@@ -146,9 +148,14 @@ class Agreement:
         """Whether a change of view is under way as far as this rank knows."""
         return bool(self.suspects) or self._promised > (0, -1)
 
+    @property
+    def inside(self) -> bool:
+        """Whether this rank is a member; else it is a guest that would like to be."""
+        return self.rank in self.view.members
+
     def suspect(self, rank: int, proven: bool) -> None:
         """`rank` is silent, or (proven) its process is known to be gone."""
-        if self._over or rank == self.rank or rank not in self.view.members:
+        if self._over or not self.inside or rank == self.rank or rank not in self.view.members:
             return
         news = rank not in self.suspects or (proven and not self.suspects[rank])
         if not news:
@@ -156,36 +163,61 @@ class Agreement:
         self.suspects[rank] = proven or self.suspects.get(rank, False)
         self._act()
 
-    def retry(self) -> None:
-        """Say again what may have been lost with a connection: call it while `changing` lasts."""
-        if not self._over:
+    def admit(self, rank: int) -> None:
+        """Guest `rank`, whose contact is known, asks to come in; for the leader to decide."""
+        if self._over or not self.inside or rank in self.view.members or rank in self.guests:
+            return
+        self.guests.add(rank)
+        self._act()
+
+    def turn_away(self, rank: int) -> None:
+        """Guest `rank` is gone: go on without it."""
+        if rank in self.guests:
+            self.guests.discard(rank)
             self._act()
 
+    def retry(self) -> None:
+        """Say again what may have been lost with a connection: call it while `changing` lasts.
+
+        A guest that is not ready by then has to ask again.
+        """
+        if not self._over:
+            self.guests.difference_update(set(self._proposal).difference(self._ready))
+            self._act()
+
+    @property
+    def _outdated(self) -> bool:
+        """Whether the proposal under way counts on a guest that is gone."""
+        return any(r not in self.view.members and r not in self.guests for r in self._proposal)
+
     def _act(self) -> None:
-        """Propose the living, or tell who will. Sending may bring new suspects."""
+        """Propose the living and the guests, or tell who will. Sending may bring new suspects."""
         if self._busy:
             return
         self._busy = True
         try:
-            known: dict[int, bool] | None = None
-            while self.suspects and not self._over and known != self.suspects:
-                known = dict(self.suspects)
+            known: object = None
+            while not self._over and known != (self.suspects, self.guests):
+                if not (self.suspects or self.guests or self._outdated):
+                    break
+                known = dict(self.suspects), set(self.guests)
                 living = tuple(m for m in self.view.members if m not in self.suspects)
                 if not self._may_go_on(living):
                     return
                 if living[0] == self.rank:
                     self._propose(living)
-                else:
-                    for rank, proven in known.items():
-                        self._send(
-                            living[0],
-                            {
-                                "kind": "suspect",
-                                "epoch": self.view.epoch,
-                                "rank": rank,
-                                "proven": proven,
-                            },
-                        )
+                    continue
+                self.guests.clear()
+                for rank, proven in list(self.suspects.items()):
+                    self._send(
+                        living[0],
+                        {
+                            "kind": "suspect",
+                            "epoch": self.view.epoch,
+                            "rank": rank,
+                            "proven": proven,
+                        },
+                    )
         finally:
             self._busy = False
         self._commit_if_ready()
@@ -211,12 +243,14 @@ class Agreement:
         self._expelled(reason)
 
     def _propose(self, living: tuple[int, ...]) -> None:
+        """Ask `living` and the guests to freeze."""
         self._attempt = max(self._attempt, self._promised[0]) + 1
         ballot = (self._attempt, self.rank)
         epoch = self.view.epoch + 1
-        self._promised, self._proposal = ballot, living
+        self._promised, self._proposal = ballot, tuple(sorted({*living, *self.guests}))
         self._ready = {self.rank: self._freeze(epoch)}
-        for rank in living:
+        contacts = [[rank, self.contacts.get(rank)] for rank in self._proposal]
+        for rank in self._proposal:
             if rank != self.rank:
                 self._send(
                     rank,
@@ -226,6 +260,7 @@ class Agreement:
                         "ballot": list(ballot),
                         "dead": sorted(self.suspects.items()),
                         "view": self.view.message(),
+                        "contacts": contacts,
                     },
                 )
 
@@ -262,6 +297,9 @@ class Agreement:
             self._send(sender, {"kind": "behind", "epoch": epoch, "attempt": self._promised[0]})
             return
         self._promised, self._proposal = ballot, ()
+        for rank, contact in message["contacts"]:
+            if int(rank) not in self.view.members or not self.inside:
+                self.contacts[int(rank)] = contact
         for rank, proven in message["dead"]:
             if int(rank) in self.view.members and int(rank) != self.rank:
                 self.suspects[int(rank)] = bool(proven) or self.suspects.get(int(rank), False)
@@ -298,29 +336,38 @@ class Agreement:
             return
         facts = Facts.together([self._ready[rank] for rank in self._proposal])
         view = View(self.view.epoch + 1, self._proposal, facts, self._promised)
+        before = self.view.members
         self._proposal = ()
         self._take(view)
-        for rank in view.members:
-            if rank != self.rank:
-                self._send(rank, view.message())
+        others = [rank for rank in view.members if rank != self.rank]
+        witnesses = [rank for rank in others if rank in before]
+        for rank in witnesses or others:
+            self._send(rank, view.message())
 
     def _on_commit(self, sender: int, message: Mapping[str, Any]) -> None:
         view = View.parse(message)
         if view.epoch <= self.view.epoch:
             return
         if self.rank not in view.members:
+            if not self.inside:
+                self.view, self._promised = view, (0, -1)
+                return
             self._stop(
                 f"rank {self.rank} was silent for too long, and ranks {list(view.members)} go on "
                 f"without it (epoch {view.epoch}). Was it stopped, or cut off from the network? "
                 "Start it again to let it join"
             )
             return
+        came = [] if not self.inside else [r for r in view.members if r not in self.view.members]
         self._take(view)
+        for rank in came:
+            self._send(rank, view.message())
 
     def _take(self, view: View) -> None:
         self.view = view
         self._promised, self._attempt, self._proposal, self._ready = (0, -1), 0, (), {}
         self.suspects = {r: sure for r, sure in self.suspects.items() if r in view.members}
+        self.guests.difference_update(view.members)
         self._install(view)
-        if self.suspects:
+        if self.suspects or self.guests:
             self._act()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import math
 import os
 import selectors
 import socket
@@ -35,6 +36,7 @@ TICK = 0.05
 _PROBE_S = 1.0
 _RETRY_S = 0.01
 _AGAIN_S = 1.0
+_KNOCK_S = 0.5
 _LAST_WORD_S = 0.5
 _STALL_S = 0.5
 _STRETCH = 10.0
@@ -73,10 +75,10 @@ class Warden:
         self._install_group, self._expel_group = install, expelled
         self._listener = listen(host)
         self.address: Address = self._listener.getsockname()[:2]
-        self._addresses: dict[int, Address] = {}
         self._agreement = Agreement(
-            rank, View(0, (rank,)), self._send, freeze, self._install, self._expel
+            rank, View(-1, ()), self._send, freeze, self._install, self._expel
         )
+        self._contacts: dict[int, Any] = self._agreement.contacts
         self._pulse = Pulse()
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = socket.socketpair()
@@ -91,6 +93,12 @@ class Warden:
         self._gap = 0.0
         self._changing = time.monotonic()
         self._offers: dict[str, bytes] = {}
+        self._answerers: dict[str, Callable[[str], bytes | None]] = {}
+        self._guests_wait_for = ""
+        self._guests: set[int] = set()
+        self._strangers: dict[int, Outgoing] = {}
+        self._unreached: set[int] = set()
+        self._answered, self._answered_at = False, 0.0
         self._wanted: list[tuple[int, Message]] = []
         self._answers: dict[str, bytes] = {}
         self._arrivals: dict[tuple[int, int], dict[int, tuple[str, bytes]]] = {}
@@ -103,6 +111,7 @@ class Warden:
         self._over = False
         self._leaving = False
         self._thread = threading.Thread(target=self._run, name="ucxgossip-warden", daemon=True)
+        self._answerers["absent"] = self._absent
         forks.watch(self)
 
     # --- what the group calls, in its own threads ----------------------------------------------
@@ -118,10 +127,14 @@ class Warden:
         with self._changed:
             return self._passed, self._results.get(self._passed, b"").hex()
 
-    def start(self, addresses: Mapping[int, Address]) -> None:
-        """Begin to watch the ranks of `addresses`, which are the members of the first view."""
-        self._addresses = dict(addresses)
-        self._agreement.view = View(0, tuple(sorted(addresses)))
+    def start(self, contacts: Mapping[int, Address], guest: bool = False) -> None:
+        """Begin to watch the ranks of `contacts`, which are the members of the first view.
+
+        guest: not yet; they are members of a job that runs already (`knock`, `enter`).
+        """
+        self._contacts.update({rank: [*address] for rank, address in contacts.items()})
+        if not guest:
+            self._agreement.view = View(0, tuple(sorted(contacts)))
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._woken)
         self._watch()
@@ -147,6 +160,105 @@ class Warden:
 
         self._do(command)
 
+    def answer(self, kind: str, answerer: Callable[[str], bytes | None]) -> None:
+        """Let `answerer` answer what is asked for by names that begin with the word `kind`.
+
+        It is called with the name in the warden's thread, and again if it returned None.
+        """
+        self._do(lambda: self._answerers.update({kind: answerer}))
+
+    def knock(self, timeout: float) -> bool:
+        """As a guest: find the members that there are; False if there are none."""
+        start = time.monotonic()
+
+        def look() -> bool | None:
+            if self.view.epoch >= 0:
+                return True
+            gone = self._unreached.issuperset(self._contacts)
+            silent = not self._answered and time.monotonic() - start > _PROBE_S + _AGAIN_S
+            return False if gone or silent else None
+
+        return bool(self._ask_to(look, timeout, math.inf, "to tell who the members are"))
+
+    def enter(self, timeout: float, patience: float | None = None) -> bool:
+        """As a guest, who has knocked: become a member; whether it came to that.
+
+        patience: seconds to wait, for ever by default while members answer. Raises
+        `RankMissingError` if all members left, `ExchangeTimeoutError` if none answers for
+        `timeout` seconds.
+        """
+        most = math.inf if patience is None else patience
+
+        def look() -> bool | None:
+            return True if self._agreement.inside else None
+
+        found = self._ask_to(look, timeout, most, "to let it in", enter=True)
+        if found is None and self._over:
+            raise RankMissingError(
+                f"the job ended before rank {self.rank} could come in", self.view.members
+            )
+        return found is not None
+
+    def _ask_to(
+        self,
+        found: Callable[[], bool | None],
+        timeout: float,
+        patience: float,
+        what: str,
+        enter: bool = False,
+    ) -> bool | None:
+        """Knock at all doors, again and again, until `found` knows.
+
+        None if the job ends before, or after `patience` seconds; `ExchangeTimeoutError` if nobody
+        answers for `timeout` seconds.
+        """
+        start = self._answered_at = time.monotonic()
+        while True:
+            self._do(lambda: self._knock(enter))
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: found() is not None or self._over or self._stop, _KNOCK_S
+                )
+                known = found()
+            now = time.monotonic()
+            if known is not None or self._over or self._stop or now - start > patience:
+                return known
+            waited = now - self._answered_at
+            if waited >= timeout:
+                rank = min(self.view.members or self._contacts)
+                raise ExchangeTimeoutError(
+                    f"rank {self.rank} waited {waited:.1f} s for rank {rank} {what}. Does the job "
+                    "that it would join still run?",
+                    rank,
+                    what,
+                    waited,
+                )
+
+    def _knock(self, enter: bool) -> None:
+        if self._agreement.inside:
+            return
+        for rank in self.view.members or list(self._contacts):
+            self._send(rank, {"kind": "knock", "address": list(self.address), "enter": enter})
+
+    def hold_guests(self, meeting: str) -> None:
+        """From now on guests come in only when all members are at `meeting`."""
+        self._guests_wait_for = meeting
+
+    @property
+    def contacts(self) -> dict[int, Address]:
+        """Where the members' wardens listen."""
+        return {r: (str(self._contacts[r][0]), int(self._contacts[r][1])) for r in self.members}
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Those of the view in force."""
+        return self.view.members
+
+    @property
+    def reachable(self) -> tuple[int, ...]:
+        """The members but for those to whom a guest has lost its connection."""
+        return tuple(rank for rank in self.members if rank not in self._unreached)
+
     def fetch(self, rank: int, name: str, timeout: float) -> bytes | None:
         """What `rank` offers as `name`; None if it is no member, or the view changes before."""
         epoch = self.view.epoch
@@ -157,7 +269,7 @@ class Warden:
         self._do(lambda: self._send(rank, message))
         found: bytes | None = self._wait(
             lambda: self._answers.pop(key, None),
-            lambda: self.view.epoch != epoch or rank not in self.view.members,
+            lambda: self.view.epoch != epoch or rank not in self.reachable,
             timeout,
             rank,
             f"to tell where its {name!r} is",
@@ -319,7 +431,12 @@ class Warden:
 
     def _every_link(self) -> list[Outgoing]:
         probes = [link for _, link in self._probes.values()]
-        return [*self._links.values(), *self._pulses.values(), *probes]
+        return [
+            *self._links.values(),
+            *self._pulses.values(),
+            *self._strangers.values(),
+            *probes,
+        ]
 
     # --- the thread ----------------------------------------------------------------------------
 
@@ -391,14 +508,21 @@ class Warden:
             "abort": self._on_abort,
             "view?": self._on_question,
             "same": self._on_same,
+            "knock": self._on_knock,
+            "welcome": self._on_welcome,
+            "later": self._on_later,
+            "over": self._on_over,
         }.get(str(message["kind"]))
         if handler is not None:
             handler(sender, message)
         else:
             self._agreement.receive(sender, message)
 
-    def _connect(self, rank: int, pulse: bool = False) -> Outgoing:
-        link = Outgoing(self._seal, self.rank, rank, self._addresses[rank], pulse)
+    def _connect(
+        self, rank: int, pulse: bool = False, address: Sequence[Any] | None = None
+    ) -> Outgoing:
+        host, port = self._contacts[rank] if address is None else address
+        link = Outgoing(self._seal, self.rank, rank, (host, port), pulse)
         if not link.lost:
             events = selectors.EVENT_READ | selectors.EVENT_WRITE
             self._selector.register(link.socket, events, link)
@@ -432,6 +556,8 @@ class Warden:
             del self._pulses[rank]
             if not link.goodbye:
                 self._judge(rank, refused)
+        elif self._strangers.get(rank) is link:
+            del self._strangers[rank]
         elif rank in self._probes and self._probes[rank][1] is link:
             since, _ = self._probes.pop(rank)
             if refused:
@@ -442,7 +568,13 @@ class Warden:
                 self._suspect(rank, proven=False)
 
     def _judge(self, rank: int, refused: bool) -> None:
-        if refused:
+        if not self._agreement.inside:
+            self._unreached.add(rank)
+            self._notify()
+        elif rank not in self.view.members:
+            self._guests.discard(rank)
+            self._agreement.turn_away(rank)
+        elif refused:
             self._suspect(rank, proven=True)
         else:
             self._probe(rank)
@@ -466,7 +598,7 @@ class Warden:
     def _send(self, rank: int, message: Message) -> None:
         link = self._links.get(rank)
         if link is None:
-            if rank not in self._addresses:
+            if rank not in self._contacts:
                 return
             link = self._links[rank] = self._connect(rank)
         link.send(message)
@@ -480,6 +612,8 @@ class Warden:
 
     def _watch(self) -> None:
         """Send pulses to those who follow in the ring, and expect those of the ones before."""
+        if not self._agreement.inside:
+            return
         after, before = self._neighbours(+1), self._neighbours(-1)
         for rank in [rank for rank in self._pulses if rank not in after]:
             self._drop(self._pulses.pop(rank))
@@ -496,6 +630,8 @@ class Warden:
 
     def _look(self, now: float) -> None:
         """Silence, connections that do not come about, a change of members that does not end."""
+        if self._wanted:
+            self._serve()
         if not self._agreement.changing:
             self._changing = now
         elif now - self._changing > _AGAIN_S:
@@ -533,6 +669,7 @@ class Warden:
     # --- messages ------------------------------------------------------------------------------
 
     def _install(self, view: View) -> None:
+        self._unreached.clear()
         if view.facts.passed > self._passed:  # the last leader died before it could tell this rank
             self._passed_now(view.facts.passed, bytes.fromhex(view.facts.result))
         self._arrivals = {key: who for key, who in self._arrivals.items() if key[0] >= view.epoch}
@@ -565,6 +702,60 @@ class Warden:
                 self._alive.add(sender)
                 self._changed.notify_all()
 
+    def _on_knock(self, sender: int, message: Message) -> None:
+        """A guest: somebody who has the token, with a rank that nobody else has."""
+        address = message["address"]
+        if not self._agreement.inside:
+            return
+        if sender in self.view.members:
+            if self._contacts[sender] == address:
+                self._send(sender, self.view.message())
+            else:
+                self._probe(sender)  # it was killed, and started again before anybody noticed
+                self._tell_stranger(sender, address, {"kind": "later"})
+            return
+        if sender in self._links and self._contacts.get(sender) != address:
+            self._drop(self._links.pop(sender))
+        self._contacts[sender] = address
+        if self._leaving:
+            self._send(sender, {"kind": "over"})
+            return
+        contacts = [[rank, self._contacts[rank]] for rank in self.view.members]
+        view = self.view.message()
+        self._send(sender, {"kind": "welcome", "view": view, "contacts": contacts})
+        if not message["enter"]:
+            return
+        if self._guests_wait_for:
+            self._guests.add(sender)
+        else:
+            self._agreement.admit(sender)
+
+    def _tell_stranger(self, rank: int, address: Sequence[Any], message: Message) -> None:
+        """A message to a process that brings the rank of a member, which it is not."""
+        old = self._strangers.pop(rank, None)
+        if old is not None:
+            self._drop(old)
+        link = self._strangers[rank] = self._connect(rank, address=address)
+        link.send(message)
+
+    def _on_later(self, _: int, __: Message) -> None:
+        self._answered, self._answered_at = True, time.monotonic()
+
+    def _on_over(self, _: int, __: Message) -> None:
+        if not self._agreement.inside:
+            self._end()
+
+    def _on_welcome(self, sender: int, message: Message) -> None:
+        self._answered, self._answered_at = True, time.monotonic()
+        self._unreached.discard(sender)
+        view = View.parse(message["view"])
+        if not self._agreement.inside and view.epoch >= self.view.epoch:
+            for rank, (host, port) in message["contacts"]:
+                self._contacts[rank] = [host, port]
+            if view.epoch > self.view.epoch and self.rank not in view.members:
+                self._agreement.view = view
+        self._notify()
+
     def _on_want(self, sender: int, message: Message) -> None:
         self._wanted.append((sender, message))
         self._serve()
@@ -573,7 +764,8 @@ class Warden:
         waiting, self._wanted = self._wanted, []
         for sender, message in waiting:
             name = str(message["name"])
-            blob = self._absent(name) if name.startswith("absent ") else self._offers.get(name)
+            answerer = self._answerers.get(name.partition(" ")[0])
+            blob = self._offers.get(name) if answerer is None else answerer(name)
             if blob is None:
                 self._wanted.append((sender, message))
             else:
@@ -596,6 +788,13 @@ class Warden:
         for (epoch, number), here in list(self._arrivals.items()):
             if epoch != self.view.epoch or not set(members) <= set(here):
                 continue
+            name = here[members[0]][0]
+            if self._guests and name == self._guests_wait_for:  # they meet again, all together
+                guests, self._guests = self._guests, set()
+                for rank in guests:
+                    self._agreement.admit(rank)
+                if self._agreement.changing:
+                    return
             del self._arrivals[epoch, number]
             names = [here[rank][0] for rank in members]
             other = next((rank for rank in members if here[rank][0] != names[0]), None)

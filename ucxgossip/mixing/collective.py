@@ -53,18 +53,19 @@ class Collective:
         def undo() -> None:
             array[:] = before
 
-        self._open()
+        self.open()
         self.group.together(operation, undo)
         return count
 
-    def _open(self) -> Mailbox:
+    def open(self) -> Mailbox:
+        """The mailbox, made at the first call. Collective then."""
         if self._mailbox is None:
             self._mailbox = self.group.mailbox(PIECE)
         return self._mailbox
 
     def _once(self, array: NDArray[Any], schedule: Schedule, mix: bool, epoch: int) -> bool:
         """Run `schedule` on the array in `epoch`; whether all its rounds ended there."""
-        mailbox, step = self._open(), PIECE // array.itemsize
+        mailbox, step = self.open(), PIECE // array.itemsize
         return all(
             self.group.run(mailbox, Buffer.of(array[start : start + step]), schedule, mix, epoch)
             for start in range(0, len(array), step)

@@ -99,3 +99,24 @@ class Outer:
         self._slow.array[:], self.velocity[:] = state["slow"], state["velocity"]
         for stream in (self._slow, self._change):
             stream.load(state["rounds"])
+
+    def place(self) -> State:
+        """Where both streams are, slow weights and velocity."""
+        return {
+            "position": self.position,
+            "slow": self._slow.place(),
+            "change": self._change.place(),
+            "values": self._slow.array.copy(),
+            "velocity": self.velocity.copy(),
+        }
+
+    def reached(self, place: State) -> int | None:
+        """The position of the first round that none of the others has posted."""
+        found = (self._slow.reached(place["slow"]), self._change.reached(place["change"]))
+        return min(position for position in found if position is not None)
+
+    def enter(self, place: State, position: int) -> None:
+        """Go on from `position`, with the slow weights of `place`."""
+        self._slow.enter(place["slow"], position)
+        self._change.enter(place["change"], position)
+        self._slow.array[:], self.velocity[:] = place["values"], place["velocity"]

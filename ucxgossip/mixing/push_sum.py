@@ -102,8 +102,10 @@ class PushSum:
         spoiled(self.array[:0], self.array[:0])
 
     def _parts(self) -> list[Round]:
-        living = self.group.living(self.schedule)
-        return [living.round(self.group.rank, step) for step in range(living.period)]
+        """This rank's part in each step of a period, as many as if all ranks were there."""
+        living, count = self.group.living(self.schedule), self.schedule.period
+        parts = [living.round(self.group.rank, step) for step in range(living.period)]
+        return [*parts, *[ALONE] * count][:count]
 
     def _follow(self) -> None:
         """After a change of members: new partners, and what nobody has read is one's own again."""
@@ -116,8 +118,7 @@ class PushSum:
                         if read is not None:
                             self.mass += sum(m for number, m in sent.last if number >= read)
                     sent.last.clear()
-            parts += [ALONE] * (len(self.edges) - len(parts))
-            for edge, part in zip(self.edges, parts, strict=False):
+            for edge, part in zip(self.edges, parts, strict=True):
                 edge.follow(part.to, part.sender)
             self._epoch = epoch
 
@@ -258,3 +259,15 @@ class PushSum:
         self.finish()
         self.array[:] = loaded
         self.position, self.mass = int(state["position"]), float(state["mass"])
+
+    def place(self) -> State:
+        """The next step."""
+        return {"position": self.position}
+
+    def reached(self, place: State) -> int | None:
+        """None: each rank counts its own steps."""
+        return None
+
+    def enter(self, place: State, position: int) -> None:
+        """Go on from `position` with a mass of 1: the mean is over one rank more."""
+        self.position, self.mass = position, 1.0

@@ -69,6 +69,18 @@ class Stream(Protocol):
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`. All ranks have met since their last round."""
 
+    def place(self) -> State:
+        """Where the stream is, for a rank that comes in: ``"position"``, and what belongs to it."""
+
+    def reached(self, place: State) -> int | None:
+        """The position up to which the others have got since they were at `place`.
+
+        None where that does not matter: they wait for nobody.
+        """
+
+    def enter(self, place: State, position: int) -> None:
+        """Go on from `position` with the others, who were at `place` before."""
+
 
 def registered(group: Group, count: int, dtype: np.dtype[Any]) -> Buffer:
     """`count` zeros in registered memory."""
@@ -155,6 +167,19 @@ class InPlace:
         self.wait()
         self.group.restart(self.mailbox)
         self.position = int(state["position"])
+
+    def place(self) -> State:
+        """The next step, and as which round of the mailbox it goes."""
+        return {"position": self.position, "round": self.mailbox.round}
+
+    def reached(self, place: State) -> int | None:
+        """The position of the first round that none of the others has posted."""
+        return int(place["position"]) + self.mailbox.base - int(place["round"])
+
+    def enter(self, place: State, position: int) -> None:
+        """Go on from `position`."""
+        self.mailbox.round = int(place["round"]) + position - int(place["position"])
+        self.position = position
 
 
 class Held(InPlace):
@@ -337,3 +362,28 @@ class Stale:
             lane = self.lanes[number % len(self.lanes)]
             lane.number, lane.pending = number, True
             array_of(lane.snapshot)[:] = correction
+
+    def place(self) -> State:
+        """The next step, and as which round of its lane's mailbox each step goes."""
+        return {"position": self.position, "rounds": [lane.mailbox.round for lane in self.lanes]}
+
+    def _firsts(self, position: int) -> list[int]:
+        """By lane, its first step from `position` on."""
+        count = len(self.lanes)
+        return [position + (index - position) % count for index in range(count)]
+
+    def reached(self, place: State) -> int | None:
+        """The position of the first round that none of the others has posted."""
+        firsts, rounds = self._firsts(int(place["position"])), place["rounds"]
+        return min(
+            first + len(self.lanes) * (lane.mailbox.base - int(number))
+            for lane, first, number in zip(self.lanes, firsts, rounds, strict=True)
+        )
+
+    def enter(self, place: State, position: int) -> None:
+        """Go on from `position`."""
+        then, now = self._firsts(int(place["position"])), self._firsts(position)
+        for lane, old, new, number in zip(self.lanes, then, now, place["rounds"], strict=True):
+            lane.mailbox.round = int(number) + (new - old) // len(self.lanes)
+            lane.pending = lane.flying = False
+        self.position = position

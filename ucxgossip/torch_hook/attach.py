@@ -102,8 +102,9 @@ def attach(
     runs = partition(
         [(name, p) for name, p in model.named_parameters() if p.requires_grad], bucket_bytes
     )
-    group.agree("attach", _facts(model, modes, chosen, bucket_bytes))
-    return Gossip(model, optimizer, group, modes, chosen, runs, scaler)
+    label = group.label("model")
+    late = group.agree("attach", _facts(model, modes, chosen, bucket_bytes), once=label)
+    return Gossip(model, optimizer, group, modes, chosen, runs, scaler, label, late)
 
 
 def _choose(schedule: Schedule | None, group: Group, modes: Modes) -> Schedule:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils import _pytree as pytree
 
+from ucxgossip.errors import MismatchError
 from ucxgossip.group import Group
 from ucxgossip.mixing import (
     Collective,
@@ -40,6 +41,7 @@ class Exchange:
         modes: Modes,
         schedule: Schedule,
         runs: Sequence[Sequence[torch.nn.Parameter]],
+        label: str = "model",
     ) -> None:
         self.model, self.group, self.modes, self.schedule = model, group, modes, schedule
         self.meter = Meter(quarantine=Quarantine(modes.nonfinite))
@@ -54,7 +56,7 @@ class Exchange:
             if modes.weights_travel:
                 bucket.weights_stream = self._weights_stream(bucket)
         self.state = (
-            OptimizerState(optimizer, self.buckets, group, schedule, self.meter, modes)
+            OptimizerState(optimizer, self.buckets, group, schedule, self.meter, modes, label)
             if modes.optimizer_state
             else None
         )
@@ -234,6 +236,47 @@ class Exchange:
         if self.buffers is not None:
             self.buffers.load(saved["buffers"])
 
+    # --- ranks that come in --------------------------------------------------------------------
+
+    @property
+    def complete(self) -> bool:
+        """Whether every stream that there will be is there."""
+        return self.state is None or bool(self.state.streams)
+
+    def _streams(self) -> list[Stream]:
+        """Every stream there is, in the same order on all ranks."""
+        found = [each for b in self.buckets for each in (b.gradients_stream, b.weights_stream)]
+        streams = [stream for stream in found if stream is not None]
+        streams += [] if self.state is None else self.state.streams
+        return streams + ([] if self.buffers is None else self.buffers.streams)
+
+    def places(self) -> list[dict[str, Any]]:
+        """Where each stream is, for `enter` on a rank that comes in."""
+        places = [stream.place() for stream in self._streams()]
+        found: list[dict[str, Any]] = pytree.tree_map(_to_torch, places)
+        return found
+
+    def enter(self, places: Sequence[Mapping[str, Any]]) -> int:
+        """Go on with the others, who were at `places` before; how many rounds later that is.
+
+        Where some have begun a step and others not, it is the earlier one: this rank then passes
+        over what it would find late.
+        """
+        found = pytree.tree_map(_to_numpy, list(places))
+        streams = self._streams()
+        if len(found) != len(streams):
+            raise MismatchError(
+                f"the others exchange {len(found)} arrays of this model, this rank {len(streams)}"
+            )
+        pairs = list(zip(streams, found, strict=True))
+        reached = [(stream.reached(place), int(place["position"])) for stream, place in pairs]
+        later = min((there - then for there, then in reached if there is not None), default=0)
+        for stream, place in pairs:
+            stream.enter(place, int(place["position"]) + later)
+        if self.buffers is not None:
+            self.buffers.begin()
+        return later
+
     # --- the end -------------------------------------------------------------------------------
 
     def adopt(self) -> None:
@@ -271,6 +314,7 @@ class Exchange:
             "members": len(self.group.members),
             "broken": meter.broken,
             "lost": [dict(loss._asdict()) for loss in self.group.losses],
+            "came": [dict(each._asdict()) for each in self.group.arrivals],
         }
 
 

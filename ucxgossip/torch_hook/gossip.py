@@ -8,7 +8,9 @@ are put and averaged under the next forward, where each module waits for its own
 
 from __future__ import annotations
 
+import io
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -27,9 +29,14 @@ from ucxgossip.torch_hook.gradients import Gradients
 from ucxgossip.torch_hook.noise import NoiseCorrection
 from ucxgossip.torch_hook.scaler import Scaler, Watch
 from ucxgossip.torch_hook.shuffle import Shuffled
+from ucxgossip.torch_hook.snapshot import Snapshots
 
 MARK = "_ucxgossip"
 """Attribute by which parameters and optimizers know that they are attached."""
+
+
+_FRESH_S, _FRESH = 5.0, 20.0
+"""A guest that waits fetches weights anew after so many seconds, and times what that took."""
 
 
 class Writer(Protocol):
@@ -51,16 +58,19 @@ class Gossip:
         schedule: Schedule,
         runs: Sequence[Sequence[torch.nn.Parameter]],
         scaler: Scaler | None = None,
+        label: str = "model",
+        late: bool = False,
     ) -> None:
         self.model, self.optimizer, self.group = model, optimizer, group
-        self.modes, self.schedule = modes, schedule
-        self._scaler = scaler
+        self.modes, self.schedule, self.label = modes, schedule, label
+        self._scaler, self._late = scaler, late
         self._steps = 0
         self._detached = False
         self._detaching = threading.RLock()
         self._shuffled: list[tuple[Iterable[Any], Shuffled]] = []
         self._epochs: list[int] = []
-        self._exchange = Exchange(model, optimizer, group, modes, schedule, runs)
+        with group.naming(label):
+            self._exchange = Exchange(model, optimizer, group, modes, schedule, runs, label)
         self._buckets = self._exchange.buckets
         # Two ranks average exactly; there is no noise left that an all-reduce would not have.
         corrects = modes.noise_correction and group.size > 2
@@ -71,11 +81,49 @@ class Gossip:
             self._buckets, lambda: self._due(self._steps + 1), scaler, self._noise
         )
         self._exchange.adopt()
-        self._exchange.broadcast()
-        self._exchange.begin()
+        self._snapshots = Snapshots(group, label, self._snapshot)
         self._handles: list[Any] = []
         self._forward = Forward(model, self._buckets, self._before_forward)
+        if late:
+            self._take_over()
+        else:
+            with group.naming(label):
+                self._exchange.broadcast()
+            self._exchange.begin()
         self._install()
+        self._snapshots.offer()
+
+    def _snapshot(self) -> bytes:
+        """What a rank that comes in needs of this one, between two steps."""
+        found = {
+            "steps": self._steps,
+            "epochs": [shuffled.epoch for _, shuffled in self._shuffled],
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "places": self._exchange.places(),
+        }
+        stream = io.BytesIO()
+        torch.save(found, stream)
+        return stream.getvalue()
+
+    def _take_over(self) -> None:
+        """Come to a training under way: a member's weights, optimizer state and step."""
+        while True:
+            start = time.monotonic()
+            found = torch.load(io.BytesIO(self._snapshots.fetch()), weights_only=True)
+            self.model.load_state_dict(found["model"])
+            self.optimizer.load_state_dict(found["optimizer"])
+            if self._exchange.state is not None:
+                self._exchange.state.take_over()
+            with self.group.naming(self.label):
+                self._exchange.collective.open()
+            # Under `shuffled` guests wait for the end of an epoch, and weights grow old.
+            if self.group.enter(max(_FRESH_S, _FRESH * (time.monotonic() - start))):
+                break
+        later = self._exchange.enter(found["places"])
+        self._steps = int(found["steps"]) + later * self.modes.local_steps
+        self._exchange.meter.quarantine.step = self._steps
+        self._epochs = list(found["epochs"])
 
     def _install(self) -> None:
         setattr(self.optimizer, MARK, True)
@@ -150,6 +198,8 @@ class Gossip:
             self._exchange.average_weights()
         if self._due(self._steps):
             self._exchange.post(stepped)
+        if self._exchange.complete:
+            self._snapshots.between_steps()
 
     def _before_forward(self, buckets: Iterable[Bucket]) -> None:
         self._exchange.order = self._forward.order
@@ -164,6 +214,15 @@ class Gossip:
             self._exchange.settle_state()
 
     # --- what a user calls ---------------------------------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the training, skipped ones included.
+
+        0 at first; a rank that comes to a running job begins with those of the others, and a
+        loop over ``range(gossip.steps, total)`` ends with theirs.
+        """
+        return self._steps
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Gradients of a ``backward()`` in here stay local and accumulate, as in DDP."""
@@ -208,6 +267,8 @@ class Gossip:
         made = Shuffled(self.group, loader, self.skip_step)
         if len(self._shuffled) < len(self._epochs):
             made.epoch = self._epochs[len(self._shuffled)]
+            if self._late:
+                made.catch_up()
         self._shuffled.append((loader, made))
         return made
 
@@ -335,6 +396,7 @@ class Gossip:
                 self._detach()
 
     def _detach(self) -> None:
+        self._snapshots.close()
         try:
             if not (self.group.failed or self.group.closed):
                 for _, shuffled in self._shuffled:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from ucxgossip.buffer import Buffer
 from ucxgossip.errors import ArrayError
 from ucxgossip.group import Group
+from ucxgossip.membership import NOT_YET
 
 ALIGNMENT = 64
 """Bytes to which each tensor is aligned in a payload."""
@@ -168,7 +169,7 @@ def dump(packing: Packing | None, batch_size: int) -> bytes:
 def load(blob: bytes) -> Packing | None:
     """The packing that `merge` wrote; None where no rank has a batch."""
     told = json.loads(blob)
-    if "spec" not in told:
+    if told is None:
         return None
     return Packing(
         pytree.treespec_loads(told["spec"]),
@@ -187,7 +188,7 @@ def merge(blobs: Sequence[bytes]) -> bytes:
     told = [json.loads(blob) for blob in blobs]
     whole = [each for each in told if "spec" in each]
     if not whole:
-        return b"{}"
+        return NOT_YET
     least = max(each["batch_size"] for each in told)
     for index, leaf in enumerate(whole[0]["leaves"]):
         rows = [each["leaves"][index][2] for each in whole if index < len(each["leaves"])]

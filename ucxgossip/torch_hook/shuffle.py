@@ -44,6 +44,9 @@ from ucxgossip.torch_hook.packing import NOTHING, Packing, Payload, describe, du
 WINDOW = 8
 """Steps between two questions whether anyone has a batch left, where a loader has no len()."""
 
+MEETING = "shuffled"
+"""Where ranks meet between two epochs, and let others come in."""
+
 UNKNOWN = -1
 """The length of a loader without len()."""
 
@@ -78,7 +81,7 @@ class Turning:
 class Ring:
     """What carries the batches of one packing. Made, and its rounds posted, by all ranks."""
 
-    def __init__(self, group: Group, packing: Packing) -> None:
+    def __init__(self, group: Group, packing: Packing, label: str = "loader") -> None:
         self.group, self.packing = group, packing
         self.sent = [Payload(group, packing) for _ in range(2)]
         self.came = Payload(group, packing)
@@ -90,7 +93,7 @@ class Ring:
         for rank in group.members:
             if rank != group.rank:
                 group.reach(rank, self.mailbox)
-        group.agree("ring", {})
+        group.agree("ring", {}, once=label)
 
     def prepare(self, step: int, batch: Any) -> None:
         """Copy `batch` (or NOTHING) to where it is sent from; `ArrayError` if it does not fit."""
@@ -181,7 +184,10 @@ class Shuffled:
         self._epoch = 0
         self._turn = 0  # of the iteration that may go on
         self._lengths: list[int] | None = None
+        self._label = group.label("loader")
         self._collective = Collective(group)
+        self._kind = "epoch-" + self._label.replace(" ", "-")
+        group.answer(self._kind, lambda _: str(self._epoch).encode())
         self._ring: Ring | None = None
 
     # --- where in the training -----------------------------------------------------------------
@@ -200,6 +206,12 @@ class Shuffled:
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ArgumentError(f"epoch is {value!r}; must be a whole number from 0 on")
         self._epoch = value
+
+    def catch_up(self) -> None:
+        """Take the epoch from the others, who are between two: this rank has just come in."""
+        for rank in self.group.others[:1]:
+            found = self.group.fetch_from(rank, self._kind)
+            self._epoch = self._epoch if found is None else int(found)
 
     def state_dict(self) -> dict[str, int]:
         """The epoch; one that was under way starts over when it is loaded."""
@@ -304,11 +316,13 @@ class Shuffled:
 
     def _ask(self, *numbers: int) -> NDArray[np.int64]:
         """Every rank's numbers, a row for each rank; zeros for those that were lost."""
-        return self._collective.table(np.array(numbers, np.int64))
+        with self.group.naming(self._label):
+            return self._collective.table(np.array(numbers, np.int64))
 
     def _meet(self, length: int, epoch: int) -> None:
         """Learn all ranks' lengths, and that all are in the same epoch."""
-        self.group.agree("shuffled", {"epoch": epoch})
+        self.group.hold_guests(MEETING)
+        self.group.agree(MEETING, {"epoch": epoch})
         self._lengths = self._ask(length)[:, 0].tolist()
 
     def _agree(self, batch: Any) -> Ring | None:
@@ -316,12 +330,15 @@ class Shuffled:
         packing = None if batch is NOTHING else describe(batch)
         size = getattr(self.loader, "batch_size", None)
         merged = self.group.share(
-            "shuffled",
+            "batches of shuffled",
             dump(packing, size if isinstance(size, int) else 0),
             merge,
+            once=f"{self._label}, packing",
         )
         common = load(merged)
         if common is not None:
-            self.group.agree("shuffled", (packing or common).facts())
-            self._ring = Ring(self.group, common)
+            facts = (packing or common).facts()
+            self.group.agree("batches of shuffled", facts, once=f"{self._label}, batches")
+            with self.group.naming(self._label):
+                self._ring = Ring(self.group, common, self._label)
         return self._ring

@@ -42,13 +42,15 @@ class OptimizerState:
         schedule: Schedule,
         meter: Meter,
         modes: Modes,
+        label: str = "model",
     ) -> None:
+        self.label = f"optimizer state of {label}"
         self.optimizer, self.buckets, self.group = optimizer, list(buckets), group
         self.schedule, self.meter, self.modes = schedule, meter, modes
         self.flats: list[tuple[Bucket, str, Flat]] = []
         self.streams: list[Stream] = []
         self._loaded: Sequence[Mapping[str, Any]] | None = None
-        self._first, self._tried = len(group.engine.mailboxes), 0
+        self._tried = 0
         self._stepped = False
 
     def _names(self, bucket: Bucket) -> list[str]:
@@ -70,15 +72,16 @@ class OptimizerState:
         """
         self._tried += 1
         mine = json.dumps([stepped, [self._names(bucket) for bucket in self.buckets]])
-        key = f"optimizer state {self._first} {self._tried}"
-        everyone = json.loads(self.group.share(key, mine.encode(), _union))
+        key = f"{self.label}, step {self._tried}"
+        everyone = json.loads(self.group.share(key, mine.encode(), _union, once=self.label))
         if everyone is None:
             return
         for bucket, names in zip(self.buckets, everyone, strict=True):
             for name in names:
                 flat = Flat(self.group, bucket.parameters)
                 self.flats.append((bucket, name, flat))
-                self.streams.append(self._stream(flat, position, name))
+                with self.group.naming(self.label):
+                    self.streams.append(self._stream(flat, position, name))
         if not self.flats:
             raise ModelError(
                 f"optimizer_state=True, but {type(self.optimizer).__name__} keeps no state of its "
@@ -105,6 +108,13 @@ class OptimizerState:
                 if entry and name in entry and entry[name] is not view:
                     view.copy_(entry[name])
                     entry[name] = view
+
+    def take_over(self) -> None:
+        """Make what the others made after their first step; the optimizer has its state."""
+        while not self.flats:
+            self._make(0, stepped=True)
+        self._adopt()
+        self._stepped = True
 
     def post(self, position: int, stepped: bool) -> None:
         """Send the state that the step left; `position` is the weights' step of the schedule."""
@@ -193,6 +203,11 @@ class ModelBuffers:
                 late = max(1, modes.staleness)
                 stream = Stale(group, flat.buffer, schedule, meter, late, what="buffers")
                 self.parts.append(([name for name, _ in named], flat, stream))
+
+    @property
+    def streams(self) -> list[Stream]:
+        """One for each dtype."""
+        return [stream for _, _, stream in self.parts]
 
     def _buffers(self) -> dict[str, torch.Tensor]:
         return {name: each for name, each in self.model.named_buffers() if each.numel()}

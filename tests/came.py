@@ -1,0 +1,110 @@
+"""One rank of test_came.py: ``python came.py TRANSPORT MODES``; MODES are `attach`'s, as JSON.
+
+Trains until the step that the store's `stop` names. Prints `rank R starts at S`, now and again
+`rank R at S`, and at the end `rank R ends JSON`.
+"""
+
+import json
+import logging
+import os
+import sys
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed import TCPStore
+
+import ucxgossip as ug
+
+TIMEOUT_S = 60.0
+SAY = 10
+
+
+class Net(torch.nn.Module):
+    """With batch norm, whose statistics are buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = torch.nn.Linear(8, 32), torch.nn.BatchNorm1d(32)
+        self.last = torch.nn.Linear(32, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.tanh(self.norm(self.first(x))))
+
+
+def main() -> None:
+    transport, modes = sys.argv[1], json.loads(sys.argv[2])
+    rank = int(os.environ["RANK"])
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="log %(message)s")
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(host, port, timeout=timedelta(seconds=TIMEOUT_S))
+    random = np.random.default_rng(rank)
+    model = Net()
+    kind = modes.pop("optimizer", "sgd")
+    shuffles = modes.pop("shuffles", False)
+    if "outer" in modes:
+        modes["outer"] = ug.Nesterov(**modes["outer"])
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.SGD(model.parameters(), 0.05, momentum=0.5)
+        if kind == "sgd"
+        else torch.optim.AdamW(model.parameters(), 0.01)
+    )
+    with (
+        ug.join(transport=transport, timeout=TIMEOUT_S, dead_after=2.0) as group,
+        ug.attach(model, optimizer, group, **modes) as gossip,
+    ):
+        say(f"rank {rank} starts at {gossip.steps}")
+
+        def step(x: torch.Tensor) -> None:
+            optimizer.zero_grad()
+            ((model(x) - x.sum(1, keepdim=True)) ** 2).mean().backward()
+            optimizer.step()
+            if gossip.steps % SAY == 0:
+                say(f"rank {rank} at {gossip.steps}")
+
+        seen: set[float] = set()
+        if shuffles:
+            train_shuffled(gossip, store, step, seen)
+        else:
+            while not over(store, gossip.steps):
+                step(batch(random))
+        gossip.wait()
+        end = {
+            "steps": gossip.steps,
+            "members": list(group.members),
+            "consensus": gossip.consensus_distance(),
+            "finite": all(bool(p.isfinite().all()) for p in model.parameters()),
+            "seen": sorted(seen),
+            **{name: gossip.stats()[name] for name in ("lost", "came", "mass")},
+        }
+    say(f"rank {rank} ends {json.dumps(end)}")
+
+
+def say(line: str) -> None:
+    """In one write: all ranks share a pipe."""
+    os.write(1, f"{line}\n".encode())
+
+
+def batch(random: np.random.Generator) -> torch.Tensor:
+    return torch.from_numpy(random.standard_normal((16, 8)).astype(np.float32))
+
+
+def over(store: TCPStore, steps: int) -> bool:
+    """Whether the training ends before the next step."""
+    return store.check(["stop"]) and steps >= int(store.get("stop"))
+
+
+def train_shuffled(gossip: Any, store: TCPStore, step: Any, seen: set[float]) -> None:
+    """Epochs of few batches; each batch holds its maker's rank, `seen` whose batches came."""
+    mine = torch.full((16, 8), float(gossip.group.rank))
+    batches = gossip.shuffled([mine + 0.01 * torch.randn(16, 8) for _ in range(5)])
+    while not over(store, gossip.steps):
+        seen.clear()
+        for x in batches:
+            seen.add(round(float(x.mean())))
+            step(x)
+
+
+if __name__ == "__main__":
+    main()
