@@ -14,7 +14,7 @@ help:
 	@echo 'make demo    make .venv when absent, then run examples/demo.py'
 	@echo 'make test    make .venv when absent, then ruff, mypy --strict and pytest'
 	@echo 'make bench   make .venv when absent, then the benchmarks; rows go to out/*.json'
-	@echo 'make soak    make .venv when absent, then long runs that try to break it; about 15 minutes'
+	@echo 'make soak    make .venv when absent, then long runs that try to break it; about an hour'
 	@echo 'make errors  write docs/errors.md: what is said to each bad input'
 	@echo 'make clean   remove .venv, caches and everything built'
 	@echo
@@ -47,6 +47,7 @@ soak: .venv/ready build/compiled
 	$(BIN)/python -m ucxgossip.bench.soak exchanges --exchanges 1000000 --json out/soak-exchanges.json
 	$(BIN)/python -m ucxgossip.bench.fuzz --inputs 1000000 --json out/fuzz.json
 	$(BIN)/python -m ucxgossip.bench.kills --transport tcp,shm --ranks 8 --kills 100 --json out/soak-kills.json
+	$(BIN)/python -m ucxgossip.bench.rejoins --transport tcp,shm --ranks 4 --cycles 20 --json out/soak-rejoins.json
 
 errors: .venv/ready build/compiled
 	$(BIN)/python tests/bad_inputs.py

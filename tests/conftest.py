@@ -101,11 +101,12 @@ def job(as_ranks: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
         transport: str = "shm",
         timeout: float = 30.0,
         raw: bool = False,
+        tuning: ug.Tuning | None = None,
     ) -> list[Any]:
         store = MemoryStore()  # a test may run several jobs
 
         def rank(number: int) -> Any:
-            with ug.join(number, size, store, transport, timeout) as group:
+            with ug.join(number, size, store, transport, timeout, tuning=tuning) as group:
                 return body(group)
 
         ends = as_ranks(size, rank)

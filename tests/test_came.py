@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from torch.distributed import TCPStore
 
+from ucxgossip.bench import rejoins
 from ucxgossip.bench.spawn import ended, free_port, lines, rank_environment
 from ucxgossip.trust import new_token
 
@@ -144,8 +145,11 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("transport", ["tcp", "shm"])
-@pytest.mark.parametrize("name", list(MODES))
+@pytest.mark.parametrize(
+    ("name", "transport"),
+    [(name, "tcp") for name in MODES]
+    + [(name, "shm") for name in ("both", "adam and buffers", "push_sum")],
+)
 def test_a_rank_that_was_killed_comes_back(name: str, transport: str) -> None:
     """With the others' weights, step and optimizer state; rank 0 too, which leads."""
     victim = 0 if transport == "shm" else 2
@@ -249,3 +253,10 @@ def test_a_note_of_a_job_that_is_gone_counts_for_nothing() -> None:
         job.go_on()
         ends = job.ends()
     check(ends, [0, 1])
+
+
+def test_torchrun_starts_a_killed_worker_again() -> None:
+    """The short form of `bench rejoins`."""
+    row = rejoins.run("tcp", ranks=3, cycles=1, seed=0)
+    assert row["rejoined"] == 1, row
+    assert row["accuracy"] > 50.0

@@ -50,6 +50,8 @@ class Channel:
 
     def _open(self) -> None:
         """Make the endpoints and hand out the credits of the first messages."""
+        ranks = [rank for rank in (self.to, self.sender) if rank is not None]
+        self.group.pin(self.mailbox, ranks)
         if self.to is not None:
             self.group.reach(self.to, self.mailbox)
         if self.sender is not None and self.group.reach(self.sender, self.mailbox):

@@ -312,8 +312,13 @@ class Group(Membership):
                 ranks = (this.to, this.sender, ahead.sender if ahead else None)
                 missing = [r for r in ranks if r is not None and r not in mailbox.keys]
                 if not missing:
+                    if self._capped:
+                        self._note_use(mailbox, this, ahead)
                     self._post_reached(mailbox, source, target, this, ahead, how, held, kick, whole)
                     return this
+                if self._capped:
+                    new = [rank for rank in missing if rank not in self.engine.endpoints]
+                    self._close_unused(ranks, len(new))
             for rank in missing:
                 self.reach(rank, mailbox)
 
@@ -329,6 +334,20 @@ class Group(Membership):
             to=part.to if part.to in self.members else None,
             sender=part.sender if part.sender in self.members else None,
         )
+
+    def _note_use(self, mailbox: Mailbox, this: Round, ahead: Round | None) -> None:
+        """Remember whom the next round of `mailbox` uses, and who may put since then."""
+        number = mailbox.round
+        for old in [each for each in mailbox.credited if each < number]:
+            del mailbox.credited[old]
+        if this.sender is not None:
+            mailbox.credited[number] = this.sender
+        if ahead is not None and ahead.sender is not None:
+            mailbox.credited[number + mailbox.layout.depth] = ahead.sender
+        self._uses += 1
+        for rank in (this.to, this.sender, None if ahead is None else ahead.sender):
+            if rank is not None:
+                self._used[rank] = self._uses
 
     def _post_reached(
         self,

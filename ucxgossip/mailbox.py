@@ -130,8 +130,9 @@ class Mailbox:
     `index` is its row in the engine's table, `round` the number of the next round, `base` that of
     the first since the last restart or change of members (a rank that has not come so far yet
     passes over the rounds before: `alone` says that it did with the last one). `ahead`: this
-    rank's parts, by step, in rounds whose writer has its credit already. `in_flight` keeps the
-    memory of the last round alive, which a put or a mix may touch until the next one is posted.
+    rank's parts, by step, in rounds whose writer has its credit already. `credited`: by round, who
+    may put it or has done so (kept where endpoints are closed again). `in_flight` keeps the memory
+    of the last round alive, which a put or a mix may touch until the next one is posted.
     """
 
     def __init__(self, context: Context, layout: Layout, size: int) -> None:
@@ -145,6 +146,7 @@ class Mailbox:
         self.base = 0
         self.alone = False
         self.retired: list[MemoryRegion] = []
+        self.credited: dict[int, int] = {}
         self.ahead: dict[int, Round] = {}
         self.in_flight: tuple[object, ...] = ()
         self._lay_out()
@@ -162,6 +164,7 @@ class Mailbox:
         self.keys.clear()
         self.peers[:] = 0
         self.credits[:] = 0
+        self.credited.clear()
         self.ahead.clear()
         if elsewhere:
             self.retired.append(self.region)
@@ -205,6 +208,13 @@ class Mailbox:
         """Remember where the twin of this mailbox stands on `rank`, and if it can be stored to."""
         self.keys[rank] = key
         self.peers[rank] = (address, key.handle, key.pointer(address))
+
+    def forget(self, rank: int) -> None:
+        """Forget the twin on `rank`, before the endpoint to it is closed."""
+        key = self.keys.pop(rank, None)
+        if key is not None:
+            key.close()
+            self.peers[rank] = 0
 
     def close(self) -> None:
         """Release the region and the keys. Further calls do nothing."""

@@ -101,6 +101,10 @@ class Membership:
         self._froze = 0.0
         self._livings: dict[int, tuple[Schedule, Living]] = {}
         self._taken: dict[int, Callable[[], int]] = {}
+        self._capped = size - 1 > tuning.endpoints
+        self._uses, self._used = 0, dict[int, int]()
+        self._pinned: dict[int, tuple[int, ...]] = {}
+        self._told: dict[tuple[int, str], bytes] = {}
         self._view_facts = Facts()
         self._history = History()
         self._inherited: set[str] = set()
@@ -472,8 +476,8 @@ class Membership:
                 if rank not in self.members or self._warden is None:
                     return False
                 epoch, known = self.epoch, rank in self.engine.endpoints
-            worker = b"" if known else self.fetch_from(rank, f"worker {epoch}")
-            blob = self.fetch_from(rank, f"mailbox {mailbox.index} {epoch}")
+            worker = b"" if known else self._ask(rank, f"worker {epoch}")
+            blob = self._ask(rank, f"mailbox {mailbox.index} {epoch}")
             if worker is None or blob is None:
                 continue
             address, packed = parse_description(blob, mailbox.layout, rank)
@@ -486,6 +490,43 @@ class Membership:
                             mailbox.set_peer(rank, key, address)
             except UCXError as error:
                 self._doubt((rank,), epoch, error)
+
+    def _ask(self, rank: int, name: str) -> bytes | None:
+        """As `fetch_from`, remembered until the members change where endpoints are made again."""
+        known = self._told.get((rank, name))
+        if known is not None:
+            return known
+        found = self.fetch_from(rank, name)
+        if self._capped and found is not None:
+            self._told[rank, name] = found
+        return found
+
+    def pin(self, mailbox: Mailbox, ranks: Sequence[int]) -> None:
+        """Keep the endpoints to `ranks` for `mailbox`, whose rounds are not posted here."""
+        self._pinned[mailbox.index] = tuple(ranks)
+
+    def _close_unused(self, wanted: Sequence[int | None], room: int) -> None:
+        """Make room for so many endpoints below the cap; those to `wanted` ranks stay.
+
+        The least recently used go first, and only where nothing is under way in either direction:
+        this rank's puts have ended, and the other one holds no credit for a put.
+        """
+        most = self.tuning.endpoints - room
+        if len(self.engine.endpoints) <= most:
+            return
+        busy = {rank for rank in wanted if rank is not None}
+        busy.update(rank for ranks in self._pinned.values() for rank in ranks)
+        for mailbox in self.engine.mailboxes:
+            active = self.engine.active(mailbox)
+            if active:
+                busy.add(self.engine.target_of(mailbox))
+            first = mailbox.round - active
+            busy.update(rank for number, rank in mailbox.credited.items() if number >= first)
+        for rank in sorted(self.engine.endpoints, key=lambda rank: self._used.get(rank, 0)):
+            if len(self.engine.endpoints) <= most:
+                return
+            if rank not in busy:
+                self.engine.disconnect(rank)
 
     # --- members -------------------------------------------------------------------------------
 
@@ -542,6 +583,7 @@ class Membership:
                 if entered:
                     mailbox.round = number
             self._livings.clear()
+            self._told.clear()
             now = time.time()
             lost = [rank for rank in before if rank not in view.members]
             came = [rank for rank in view.members if rank not in before]

@@ -31,6 +31,10 @@ _LOCK_NS = 60_000_000_000
 _CLOSE_NS = 2_000_000_000
 
 
+LEAST_ENDPOINTS = 4
+"""A round has three partners: whom it puts to, who puts, and who may put the next one."""
+
+
 class Post(NamedTuple):
     """What one round does: addresses in bytes, partners by rank (-1: none).
 
@@ -64,7 +68,8 @@ class Tuning:
 
     eager: largest payload (bytes) that travels in one message with its signal. spins, yields:
     idle passes before yielding, and before sleeping. chunk (bytes) and window (chunks): what is
-    put, signalled and mixed at a time, and how many may be in flight.
+    put, signalled and mixed at a time, and how many may be in flight. endpoints: connections to
+    other ranks that are kept; beyond it the one that was not used for longest is closed.
     """
 
     eager: int = 4096
@@ -72,9 +77,17 @@ class Tuning:
     yields: int = 40
     chunk: int = 1 << 18
     window: int = 16
+    endpoints: int = 128
 
     def __post_init__(self) -> None:
-        for name, least in (("eager", 0), ("spins", 0), ("yields", 0), ("chunk", 8), ("window", 1)):
+        for name, least in {
+            "eager": 0,
+            "spins": 0,
+            "yields": 0,
+            "chunk": 8,
+            "window": 1,
+            "endpoints": LEAST_ENDPOINTS,
+        }.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ArgumentError(f"Tuning: {name} is {value!r}; a whole number from {least}")
@@ -199,6 +212,18 @@ class Engine:
                 self._handles[rank] = endpoint.handle
         return self.endpoints[rank]
 
+    def disconnect(self, rank: int) -> None:
+        """Close the endpoint to `rank`, to which nothing is under way.
+
+        Nor may anything come from it before the endpoint is made anew: over TCP, a rank that makes
+        one while a put from there is half received would crash (docs/protocol.md).
+        """
+        with self.locked():
+            for mailbox in self.mailboxes:
+                mailbox.forget(rank)
+            self._handles[rank] = 0
+            self.endpoints.pop(rank).close()
+
     def open(self, mailbox: Mailbox) -> None:
         """Take `mailbox` under the engine's care; sets its `index`."""
         index = len(self.mailboxes)
@@ -299,6 +324,10 @@ class Engine:
     def active(self, mailbox: Mailbox) -> bool:
         """Whether a round of `mailbox` is under way."""
         return bool(self.table[mailbox.index, w.STATE] == w.ACTIVE)
+
+    def target_of(self, mailbox: Mailbox) -> int:
+        """The rank to which the mailbox's last round goes, -1 for none."""
+        return int(self.table[mailbox.index, w.TO])
 
     def wait(self, mailbox: Mailbox, timeout: float) -> bool:
         """Drive until the mailbox's round has ended, or `timeout` seconds; whether it ended.

@@ -62,7 +62,7 @@ class Outgoing:
     ) -> None:
         self.rank, self.to, self.pulse = rank, to, pulse
         self.refused = self.lost = self.open = self.goodbye = False
-        self.since = time.monotonic()
+        self.since = self.used = time.monotonic()
         self._seal = seal
         self._nonce, self._number = b"", 0
         self._waiting: list[bytes] = [_encode({"kind": "hello", "rank": rank, "pulse": pulse})]
@@ -81,8 +81,14 @@ class Outgoing:
 
     def send(self, message: dict[str, Any]) -> None:
         """Queue a message; it goes out as the connection lets it."""
+        self.used = time.monotonic()
         self._waiting.append(_encode(message))
         self._flush()
+
+    @property
+    def idle(self) -> bool:
+        """Whether the kernel has all that was to be sent."""
+        return self.open and not self._bytes and not self._waiting
 
     @property
     def wants_write(self) -> bool:

@@ -32,6 +32,8 @@ from ucxgossip.members.pulse import GOODBYE, Pulse
 from ucxgossip.trust import Seal
 
 WATCHERS = 2
+LINKS = 64
+"""Connections for messages that are kept, beside those of pulses."""
 TICK = 0.05
 _PROBE_S = 1.0
 _RETRY_S = 0.01
@@ -658,6 +660,16 @@ class Warden:
         for link in [*self._links.values(), *self._pulses.values()]:
             if not link.open and not link.lost and now - link.since > patience:
                 self._lost(link)
+
+        if len(self._links) > LINKS:
+            self._close_unused(now)
+
+    def _close_unused(self, now: float) -> None:
+        """Close links beyond LINKS, the least recently used first; they are made again at need."""
+        for link in sorted(self._links.values(), key=lambda link: link.used):
+            if len(self._links) > LINKS and link.idle and now - link.used > _AGAIN_S:
+                del self._links[link.to]
+                self._drop(link)
 
     def _neighbours(self, direction: int) -> list[int]:
         """The next (+1) or last (-1) WATCHERS members on the ring."""

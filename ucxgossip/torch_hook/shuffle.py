@@ -90,9 +90,10 @@ class Ring:
         self.under_way, self.stays = False, False
         # Now, and not in the first steps: a rank that has left by then cannot be connected to,
         # and what UCX says of it is not why it left.
-        for rank in group.members:
-            if rank != group.rank:
-                group.reach(rank, self.mailbox)
+        if len(group.members) <= group.tuning.endpoints:
+            for rank in group.members:
+                if rank != group.rank:
+                    group.reach(rank, self.mailbox)
         group.agree("ring", {}, once=label)
 
     def prepare(self, step: int, batch: Any) -> None:
