@@ -239,6 +239,9 @@ def attach(arguments: str) -> str:
 CASES: tuple[Case, ...] = (
     # --- join
     Case("join", "ug.join(0, 1, transport='pigeon')", A),
+    Case("join", "ug.join(0, 2, min_size=3)", A),
+    Case("join", "ug.join(0, 2, min_size=True)", A),
+    Case("Tuning", "ug.Tuning(endpoints=3)", A),
     Case("join", "ug.join(0, 1, transport=None)", A),
     Case("join", "ug.join(0, 1, timeout=0)", A),
     Case("join", "ug.join(0, 1, timeout=float('nan'))", A),

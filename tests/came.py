@@ -4,10 +4,13 @@ Trains until the step that the store's `stop` names. Prints `rank R starts at S`
 `rank R at S`, and at the end `rank R ends JSON`.
 """
 
+import faulthandler
 import json
 import logging
 import os
+import signal
 import sys
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any
 
@@ -34,6 +37,7 @@ class Net(torch.nn.Module):
 
 
 def main() -> None:
+    faulthandler.register(signal.SIGUSR1)  # when a test has waited in vain
     transport, modes = sys.argv[1], json.loads(sys.argv[2])
     rank = int(os.environ["RANK"])
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="log %(message)s")
@@ -42,7 +46,8 @@ def main() -> None:
     random = np.random.default_rng(rank)
     model = Net()
     kind = modes.pop("optimizer", "sgd")
-    shuffles = modes.pop("shuffles", False)
+    shuffles, looks = modes.pop("shuffles", False), modes.pop("looks", 0)
+    second = Net() if modes.pop("models", 1) == 2 else None
     if "outer" in modes:
         modes["outer"] = ug.Nesterov(**modes["outer"])
     optimizer: torch.optim.Optimizer = (
@@ -50,16 +55,26 @@ def main() -> None:
         if kind == "sgd"
         else torch.optim.AdamW(model.parameters(), 0.01)
     )
-    with (
-        ug.join(transport=transport, timeout=TIMEOUT_S, dead_after=2.0) as group,
-        ug.attach(model, optimizer, group, **modes) as gossip,
-    ):
+    with ExitStack() as stack:
+        group = stack.enter_context(ug.join(transport=transport, timeout=TIMEOUT_S, dead_after=2.0))
+        gossip = stack.enter_context(ug.attach(model, optimizer, group, **modes))
+        if second is not None:
+            beside = torch.optim.SGD(second.parameters(), 0.02)
+            other = stack.enter_context(ug.attach(second, beside, group, **modes))
         say(f"rank {rank} starts at {gossip.steps}")
 
         def step(x: torch.Tensor) -> None:
             optimizer.zero_grad()
             ((model(x) - x.sum(1, keepdim=True)) ** 2).mean().backward()
             optimizer.step()
+            if second is not None:
+                beside.zero_grad()
+                ((second(x) - model(x).detach()) ** 2).mean().backward()
+                beside.step()
+                assert other.steps == gossip.steps
+            if looks and gossip.steps % looks == 0:
+                gossip.synchronize()
+                assert gossip.consensus_distance() < 1e-6
             if gossip.steps % SAY == 0:
                 say(f"rank {rank} at {gossip.steps}")
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,15 @@ class Ranks:
             assert process.wait(timeout=30) == 0, f"rank {rank}"
         return found
 
+    def tell_where_all_are(self) -> None:
+        """Have the processes that still run print their stacks."""
+        for process in self.now.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGUSR1)
+        with suppress(TimeoutError):
+            for _, line in lines({"all": self._read}, time.monotonic() + 1.0):
+                self.said.append(str(line))
+
 
 @contextmanager
 def running(
@@ -113,10 +122,12 @@ def running(
     job = Ranks(size, transport, modes or {}, **variables)
     try:
         with ended(job.all):
-            yield job
-    except (AssertionError, TimeoutError):
-        print("\n".join(job.said[-60:]))
-        raise
+            try:
+                yield job
+            except (AssertionError, TimeoutError):
+                job.tell_where_all_are()
+                print("\n".join(x for x in job.said[-600:] if not re.match(r"rank \d+ at", x)))
+                raise
     finally:
         os.close(job._read)
         os.close(job._write)
@@ -141,7 +152,9 @@ MODES: dict[str, dict[str, Any]] = {
     "noise": {"optimizer": "adam", "noise_correction": True},
     "push_sum": {"mix": "push_sum"},
     "averages": {"local_steps": 3, "global_average_every": 10},
-    "rotated": {"bucket_bytes": 256},
+    "many buckets": {"bucket_bytes": 256},
+    "exact means in the loop": {"looks": 3},
+    "two models": {"models": 2},
 }
 
 

@@ -32,7 +32,7 @@ from ucxgossip.errors import (
 )
 from ucxgossip.history import History, plain
 from ucxgossip.mailbox import Layout, Mailbox, parse_description
-from ucxgossip.members import Facts, View, Warden
+from ucxgossip.members import STEP, Facts, View, Warden
 from ucxgossip.rendezvous import Rendezvous, first_difference
 from ucxgossip.schedule import Living, Schedule
 from ucxgossip.store import Place, launcher_serves
@@ -43,6 +43,10 @@ from ucxgossip.ucp.memory import RemoteKey
 NOT_YET = b"null"
 _SLICE = 1.0
 _PATIENCE = 10.0
+_FRESH_S, _FRESH = 5.0, 20.0
+"""A guest that waits fetches weights anew after so many seconds, and times what that took."""
+MODEL = "model"
+"""What the keys of attached models begin with."""
 
 log = logging.getLogger("ucxgossip")
 
@@ -110,6 +114,8 @@ class Membership:
         self._inherited: set[str] = set()
         self._unclaimed: dict[str, Mailbox] = {}
         self._settled = 0
+        self._clocks: list[Callable[[], int]] = []
+        self._arriving: list[tuple[Callable[[], None], Callable[[int], None]]] = []
         self._naming = "mailbox"
         self._names: dict[str, int] = {}
         self._note = ""
@@ -271,10 +277,61 @@ class Membership:
         if self._warden is not None:
             self._warden.answer(kind, answerer)
 
-    def hold_guests(self, meeting: str) -> None:
-        """From now on let guests in only when all members are at `meeting`."""
+    def let_in(self, when: str) -> None:
+        """From now on guests come in when all members are at the meeting `when`."""
         if self._warden is not None:
-            self._warden.hold_guests(meeting)
+            self._warden.let_in(when)
+
+    def arrive(
+        self, clock: Callable[[], int], fetch: Callable[[], None], go_on: Callable[[int], None]
+    ) -> None:
+        """Attach one more of the models that the members have; with the last one, come in.
+
+        clock: how many steps this rank has made with it. fetch: takes over what another rank has.
+        go_on: called with the members' steps once this rank is one of them. Guests may have to
+        wait (for the end of an epoch, say), and weights grow old: `fetch` is called anew then.
+        """
+        self._clocks.append(clock)
+        self._arriving.append((fetch, go_on))
+        if any(name.startswith(MODEL) for name in self._inherited):
+            return  # they have more
+        entered = not self.guest
+        while True:
+            start = time.monotonic()
+            for fetch_one, _ in self._arriving:
+                fetch_one()
+            if entered or self.enter(max(_FRESH_S, _FRESH * (time.monotonic() - start))):
+                break
+        for (_, go_on_one), steps in zip(self._arriving, self._view_facts.steps, strict=False):
+            go_on_one(steps)
+        self._arriving.clear()
+        self._let_in_between_steps()
+
+    def found_model(self, clock: Callable[[], int]) -> None:
+        """Attach one more model, as all others do now."""
+        self._clocks.append(clock)
+        self._let_in_between_steps()
+
+    def _let_in_between_steps(self) -> None:
+        if self._warden is not None:
+            self._warden.let_in(STEP, self._clocks[0])
+
+    def rest(self, clock: Callable[[], int]) -> None:
+        """Before a step of the model with this clock: stay while guests come in, if any."""
+        if self._warden is not None and self._clocks[:1] == [clock]:
+            self._warden.rest(clock(), self.timeout)
+
+    def passed_step(self, clock: Callable[[], int]) -> None:
+        """After a step of the model with this clock, before anybody is waited for."""
+        if self._warden is not None and self._clocks[:1] == [clock]:
+            self._warden.passed_step(clock())
+
+    def end_model(self, clock: Callable[[], int]) -> None:
+        """No more steps with this clock; guests are too late when it was the last one."""
+        if clock in self._clocks:
+            self._clocks.remove(clock)
+        if self._warden is not None and not self._clocks:
+            self._warden.no_more_steps()
 
     # --- agreement -----------------------------------------------------------------------------
 
@@ -570,6 +627,7 @@ class Membership:
                 tuple(mailbox.round for mailbox in self.engine.mailboxes),
                 *((0, "") if self._warden is None else self._warden.passed),
                 tuple((self.rank, box, count()) for box, count in self._taken.items()),
+                () if self.guest else tuple(clock() for clock in self._clocks),
             )
 
     def _install(self, view: View) -> None:

@@ -1,10 +1,12 @@
 """Who is in the job: detection of dead ranks and agreement on those that live.
 
 `agreement` is the protocol, without sockets or clocks; `links` carries its messages; `pulse` lets
-others hear that this process lives; `warden` is the thread that ties them together.
+others hear that this process lives; `door` says when guests may come in; `warden` is the thread
+that ties them together.
 """
 
 from ucxgossip.members.agreement import Agreement, Facts, View
+from ucxgossip.members.door import ANY, NOW, OVER, STEP, Door
 from ucxgossip.members.warden import Warden
 
-__all__ = ["Agreement", "Facts", "View", "Warden"]
+__all__ = ["ANY", "NOW", "OVER", "STEP", "Agreement", "Door", "Facts", "View", "Warden"]

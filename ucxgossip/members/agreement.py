@@ -37,13 +37,15 @@ class Facts:
 
     rounds: the number of the next round of each of its mailboxes. passed: the meetings (see
     `Warden.meet`) that it has passed, and result, in hexadecimal, what the last one gave. taken:
-    what it has read from channels, as (rank, mailbox, messages).
+    what it has read from channels, as (rank, mailbox, messages). steps: those of each model that
+    it trains, which are the same on all members when guests come in.
     """
 
     rounds: tuple[int, ...] = ()
     passed: int = 0
     result: str = ""
     taken: tuple[tuple[int, int, int], ...] = ()
+    steps: tuple[int, ...] = ()
 
     @classmethod
     def parse(cls, message: Mapping[str, Any]) -> Facts:
@@ -53,6 +55,7 @@ class Facts:
             int(message["passed"]),
             str(message["result"]),
             tuple((int(rank), int(box), int(n)) for rank, box, n in message["taken"]),
+            tuple(map(int, message["steps"])),
         )
 
     def message(self) -> Message:
@@ -62,6 +65,7 @@ class Facts:
             "passed": self.passed,
             "result": self.result,
             "taken": list(self.taken),
+            "steps": list(self.steps),
         }
 
     @classmethod
@@ -74,7 +78,8 @@ class Facts:
                 rounds[index] = max(rounds[index], number)
         taken = tuple(entry for facts in all_facts for entry in facts.taken)
         last = max(all_facts, key=lambda facts: facts.passed)
-        return cls(tuple(rounds), last.passed, last.result, taken)
+        steps = max(facts.steps for facts in all_facts)
+        return cls(tuple(rounds), last.passed, last.result, taken, steps)
 
 
 @dataclass(frozen=True)

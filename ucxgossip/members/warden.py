@@ -27,6 +27,7 @@ from typing import Any
 from ucxgossip import forks
 from ucxgossip.errors import ExchangeTimeoutError, MismatchError, RankMissingError
 from ucxgossip.members.agreement import Agreement, Facts, Message, View
+from ucxgossip.members.door import NOW, OVER, STEP, Door
 from ucxgossip.members.links import Address, Incoming, Outgoing, listen
 from ucxgossip.members.pulse import GOODBYE, Pulse
 from ucxgossip.trust import Seal
@@ -39,6 +40,7 @@ _PROBE_S = 1.0
 _RETRY_S = 0.01
 _AGAIN_S = 1.0
 _KNOCK_S = 0.5
+_SILENT_S = 10.0
 _LAST_WORD_S = 0.5
 _STALL_S = 0.5
 _STRETCH = 10.0
@@ -96,10 +98,16 @@ class Warden:
         self._changing = time.monotonic()
         self._offers: dict[str, bytes] = {}
         self._answerers: dict[str, Callable[[str], bytes | None]] = {}
-        self._guests_wait_for = ""
-        self._guests: set[int] = set()
+        self._door = Door(
+            rank,
+            self._say,
+            lambda: self.view.members,
+            self._agreement.admit,
+            lambda guest: self._send(guest, {"kind": "over"}),
+        )
         self._strangers: dict[int, Outgoing] = {}
         self._unreached: set[int] = set()
+        self._refused: set[int] = set()
         self._answered, self._answered_at = False, 0.0
         self._wanted: list[tuple[int, Message]] = []
         self._answers: dict[str, bytes] = {}
@@ -176,8 +184,8 @@ class Warden:
         def look() -> bool | None:
             if self.view.epoch >= 0:
                 return True
-            gone = self._unreached.issuperset(self._contacts)
-            silent = not self._answered and time.monotonic() - start > _PROBE_S + _AGAIN_S
+            gone = self._refused.issuperset(self._contacts)
+            silent = not self._answered and time.monotonic() - start > _SILENT_S
             return False if gone or silent else None
 
         return bool(self._ask_to(look, timeout, math.inf, "to tell who the members are"))
@@ -242,9 +250,49 @@ class Warden:
         for rank in self.view.members or list(self._contacts):
             self._send(rank, {"kind": "knock", "address": list(self.address), "enter": enter})
 
-    def hold_guests(self, meeting: str) -> None:
-        """From now on guests come in only when all members are at `meeting`."""
-        self._guests_wait_for = meeting
+    def let_in(self, when: str, clock: Callable[[], int] | None = None) -> None:
+        """Say when guests may come in: see `Door`. clock: how many steps this rank has made."""
+
+        def command() -> None:
+            if clock is not None:
+                self._door.clock = clock
+            if self._door.kind in (NOW, STEP):  # a meeting stays
+                self._door.kind = when
+            self._door.over = False
+
+        self._do(command)
+
+    def rest(self, steps: int, timeout: float) -> None:
+        """Between two steps, of which this rank has made so many: stay while guests come in.
+
+        Returns at once unless the leader asks for it.
+        """
+        if self._door.pause is None:
+            return
+        deadline, told = time.monotonic() + timeout, -1
+        with self._changed:
+            while not self._over and not self._stop and time.monotonic() < deadline:
+                pause = self._door.pause
+                if pause is None or steps < pause.steps:
+                    return
+                if pause.ticket != told:
+                    told = pause.ticket
+                    self._do(lambda: self._door.report(steps))
+                self._changed.wait(_KNOCK_S)
+
+    def passed_step(self, steps: int) -> None:
+        """This rank has made so many steps, and tells so where guests wait."""
+        if self._door.pause is not None:
+            self._do(lambda: self._door.passed(steps))
+
+    def no_more_steps(self) -> None:
+        """This rank will not `rest` again."""
+
+        def command() -> None:
+            self._door.over = True
+            self._door.report(OVER)
+
+        self._do(command)
 
     @property
     def contacts(self) -> dict[int, Address]:
@@ -510,6 +558,9 @@ class Warden:
             "abort": self._on_abort,
             "view?": self._on_question,
             "same": self._on_same,
+            "pause": self._on_pause,
+            "go": self._on_go,
+            "paused": self._door.on_paused,
             "knock": self._on_knock,
             "welcome": self._on_welcome,
             "later": self._on_later,
@@ -572,9 +623,11 @@ class Warden:
     def _judge(self, rank: int, refused: bool) -> None:
         if not self._agreement.inside:
             self._unreached.add(rank)
+            if refused:
+                self._refused.add(rank)
             self._notify()
         elif rank not in self.view.members:
-            self._guests.discard(rank)
+            self._door.gone(rank)
             self._agreement.turn_away(rank)
         elif refused:
             self._suspect(rank, proven=True)
@@ -661,6 +714,7 @@ class Warden:
             if not link.open and not link.lost and now - link.since > patience:
                 self._lost(link)
 
+        self._door.look()
         if len(self._links) > LINKS:
             self._close_unused(now)
 
@@ -688,6 +742,7 @@ class Warden:
         self._wanted = [each for each in self._wanted if int(each[1]["epoch"]) >= view.epoch]
         for rank in [rank for rank in self._links if rank not in view.members]:
             self._drop(self._links.pop(rank))
+        self._door.reset()
         self._watch()
         self._install_group(view)
         self._notify()
@@ -714,6 +769,21 @@ class Warden:
                 self._alive.add(sender)
                 self._changed.notify_all()
 
+    def _say(self, rank: int, message: Message) -> None:
+        """As `_send`, to this rank too."""
+        if rank == self.rank:
+            self._receive(rank, message)
+        else:
+            self._send(rank, message)
+
+    def _on_pause(self, sender: int, message: Message) -> None:
+        self._door.on_pause(sender, message)
+        self._notify()
+
+    def _on_go(self, sender: int, message: Message) -> None:
+        self._door.on_go(sender, message)
+        self._notify()
+
     def _on_knock(self, sender: int, message: Message) -> None:
         """A guest: somebody who has the token, with a rank that nobody else has."""
         address = message["address"]
@@ -735,12 +805,8 @@ class Warden:
         contacts = [[rank, self._contacts[rank]] for rank in self.view.members]
         view = self.view.message()
         self._send(sender, {"kind": "welcome", "view": view, "contacts": contacts})
-        if not message["enter"]:
-            return
-        if self._guests_wait_for:
-            self._guests.add(sender)
-        else:
-            self._agreement.admit(sender)
+        if message["enter"] and self.view.leader == self.rank and not self._agreement.changing:
+            self._door.knock(sender)
 
     def _tell_stranger(self, rank: int, address: Sequence[Any], message: Message) -> None:
         """A message to a process that brings the rank of a member, which it is not."""
@@ -800,13 +866,10 @@ class Warden:
         for (epoch, number), here in list(self._arrivals.items()):
             if epoch != self.view.epoch or not set(members) <= set(here):
                 continue
-            name = here[members[0]][0]
-            if self._guests and name == self._guests_wait_for:  # they meet again, all together
-                guests, self._guests = self._guests, set()
-                for rank in guests:
-                    self._agreement.admit(rank)
+            if self._door.guests and here[members[0]][0] == self._door.kind:
+                self._door.open()
                 if self._agreement.changing:
-                    return
+                    return  # they meet again, with the guests
             del self._arrivals[epoch, number]
             names = [here[rank][0] for rank in members]
             other = next((rank for rank in members if here[rank][0] != names[0]), None)

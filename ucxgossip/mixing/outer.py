@@ -110,11 +110,6 @@ class Outer:
             "velocity": self.velocity.copy(),
         }
 
-    def reached(self, place: State) -> int | None:
-        """The position of the first round that none of the others has posted."""
-        found = (self._slow.reached(place["slow"]), self._change.reached(place["change"]))
-        return min(position for position in found if position is not None)
-
     def enter(self, place: State, position: int) -> None:
         """Go on from `position`, with the slow weights of `place`."""
         self._slow.enter(place["slow"], position)

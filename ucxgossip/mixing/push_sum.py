@@ -264,10 +264,6 @@ class PushSum:
         """The next step."""
         return {"position": self.position}
 
-    def reached(self, place: State) -> int | None:
-        """None: each rank counts its own steps."""
-        return None
-
     def enter(self, place: State, position: int) -> None:
         """Go on from `position` with a mass of 1: the mean is over one rank more."""
         self.position, self.mass = position, 1.0

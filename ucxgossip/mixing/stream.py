@@ -72,12 +72,6 @@ class Stream(Protocol):
     def place(self) -> State:
         """Where the stream is, for a rank that comes in: ``"position"``, and what belongs to it."""
 
-    def reached(self, place: State) -> int | None:
-        """The position up to which the others have got since they were at `place`.
-
-        None where that does not matter: they wait for nobody.
-        """
-
     def enter(self, place: State, position: int) -> None:
         """Go on from `position` with the others, who were at `place` before."""
 
@@ -171,10 +165,6 @@ class InPlace:
     def place(self) -> State:
         """The next step, and as which round of the mailbox it goes."""
         return {"position": self.position, "round": self.mailbox.round}
-
-    def reached(self, place: State) -> int | None:
-        """The position of the first round that none of the others has posted."""
-        return int(place["position"]) + self.mailbox.base - int(place["round"])
 
     def enter(self, place: State, position: int) -> None:
         """Go on from `position`."""
@@ -371,14 +361,6 @@ class Stale:
         """By lane, its first step from `position` on."""
         count = len(self.lanes)
         return [position + (index - position) % count for index in range(count)]
-
-    def reached(self, place: State) -> int | None:
-        """The position of the first round that none of the others has posted."""
-        firsts, rounds = self._firsts(int(place["position"])), place["rounds"]
-        return min(
-            first + len(self.lanes) * (lane.mailbox.base - int(number))
-            for lane, first, number in zip(self.lanes, firsts, rounds, strict=True)
-        )
 
     def enter(self, place: State, position: int) -> None:
         """Go on from `position`."""

@@ -256,26 +256,21 @@ class Exchange:
         found: list[dict[str, Any]] = pytree.tree_map(_to_torch, places)
         return found
 
-    def enter(self, places: Sequence[Mapping[str, Any]]) -> int:
-        """Go on with the others, who were at `places` before; how many rounds later that is.
+    def enter(self, places: Sequence[Mapping[str, Any]], later: int) -> None:
+        """Go on with the others, who were at `places` so many rounds ago.
 
-        Where some have begun a step and others not, it is the earlier one: this rank then passes
-        over what it would find late.
+        Their gradients of the step under way have been put already: this rank passes them over.
         """
-        found = pytree.tree_map(_to_numpy, list(places))
         streams = self._streams()
-        if len(found) != len(streams):
+        if len(places) != len(streams):
             raise MismatchError(
-                f"the others exchange {len(found)} arrays of this model, this rank {len(streams)}"
+                f"the others exchange {len(places)} arrays of this model, this rank {len(streams)}"
             )
-        pairs = list(zip(streams, found, strict=True))
-        reached = [(stream.reached(place), int(place["position"])) for stream, place in pairs]
-        later = min((there - then for there, then in reached if there is not None), default=0)
-        for stream, place in pairs:
+        found = pytree.tree_map(_to_numpy, list(places))
+        for stream, place in zip(streams, found, strict=True):
             stream.enter(place, int(place["position"]) + later)
         if self.buffers is not None:
             self.buffers.begin()
-        return later
 
     # --- the end -------------------------------------------------------------------------------
 

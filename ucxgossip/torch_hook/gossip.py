@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import threading
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -20,6 +19,7 @@ import torch
 
 from ucxgossip.errors import ArgumentError, ClosedError, GossipError
 from ucxgossip.group import Group
+from ucxgossip.members import ANY
 from ucxgossip.mixing import Modes
 from ucxgossip.schedule import Schedule
 from ucxgossip.torch_hook.bucket import Bucket
@@ -33,10 +33,6 @@ from ucxgossip.torch_hook.snapshot import Snapshots
 
 MARK = "_ucxgossip"
 """Attribute by which parameters and optimizers know that they are attached."""
-
-
-_FRESH_S, _FRESH = 5.0, 20.0
-"""A guest that waits fetches weights anew after so many seconds, and times what that took."""
 
 
 class Writer(Protocol):
@@ -65,6 +61,7 @@ class Gossip:
         self.modes, self.schedule, self.label = modes, schedule, label
         self._scaler, self._late = scaler, late
         self._steps = 0
+        self._clock = lambda: ANY if modes.mix == "push_sum" else self._steps
         self._detached = False
         self._detaching = threading.RLock()
         self._shuffled: list[tuple[Iterable[Any], Shuffled]] = []
@@ -85,11 +82,12 @@ class Gossip:
         self._handles: list[Any] = []
         self._forward = Forward(model, self._buckets, self._before_forward)
         if late:
-            self._take_over()
+            group.arrive(self._clock, self._fetch, self._go_on)
         else:
             with group.naming(label):
                 self._exchange.broadcast()
             self._exchange.begin()
+            group.found_model(self._clock)
         self._install()
         self._snapshots.offer()
 
@@ -106,24 +104,27 @@ class Gossip:
         torch.save(found, stream)
         return stream.getvalue()
 
-    def _take_over(self) -> None:
-        """Come to a training under way: a member's weights, optimizer state and step."""
-        while True:
-            start = time.monotonic()
-            found = torch.load(io.BytesIO(self._snapshots.fetch()), weights_only=True)
-            self.model.load_state_dict(found["model"])
-            self.optimizer.load_state_dict(found["optimizer"])
-            if self._exchange.state is not None:
-                self._exchange.state.take_over()
-            with self.group.naming(self.label):
-                self._exchange.collective.open()
-            # Under `shuffled` guests wait for the end of an epoch, and weights grow old.
-            if self.group.enter(max(_FRESH_S, _FRESH * (time.monotonic() - start))):
-                break
-        later = self._exchange.enter(found["places"])
-        self._steps = int(found["steps"]) + later * self.modes.local_steps
-        self._exchange.meter.quarantine.step = self._steps
-        self._epochs = list(found["epochs"])
+    def _fetch(self) -> None:
+        """Take over a member's weights and optimizer state, for now."""
+        snapshot = self._snapshots.fetch()
+        if snapshot is None:
+            return
+        found = torch.load(io.BytesIO(snapshot), weights_only=True)
+        self.model.load_state_dict(found["model"])
+        self.optimizer.load_state_dict(found["optimizer"])
+        if self._exchange.state is not None:
+            self._exchange.state.take_over()
+        with self.group.naming(self.label):
+            self._exchange.collective.open()
+        self._steps, self._epochs = int(found["steps"]), list(found["epochs"])
+        self._places = found["places"]
+
+    def _go_on(self, steps: int) -> None:
+        """Go on with the others, who have made `steps` steps by now (ANY: each its own)."""
+        every = self.modes.local_steps
+        steps = self._steps if steps == ANY else steps
+        self._exchange.enter(self._places, steps // every - self._steps // every)
+        self._steps = self._exchange.meter.quarantine.step = steps
 
     def _install(self) -> None:
         setattr(self.optimizer, MARK, True)
@@ -170,6 +171,7 @@ class Gossip:
 
     def _before_step(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._check_attached()
+        self.group.rest(self._clock)
         self._gradients.check_ended()
         for bucket in self._buckets:
             bucket.check_in_place()
@@ -191,6 +193,7 @@ class Gossip:
     def _end_step(self, stepped: bool) -> None:
         """Count a step, taken or skipped, and start its rounds."""
         self._steps += 1
+        self.group.passed_step(self._clock)
         self._exchange.meter.quarantine.step = self._steps
         self._gradients.step_done()
         every = self.modes.global_average_every
@@ -305,7 +308,8 @@ class Gossip:
         included; staleness: by rank received from, how many own steps late its values were mixed on
         average; mass: mean push-sum mass, 1 elsewhere; members: ranks that live; broken: rounds
         that a change of members broke off or left out; lost: of each rank that was lost its number,
-        the epoch in which the others went on and when that was (seconds since 1970).
+        the epoch in which the others went on and when that was (seconds since 1970); came: the same
+        of each rank that came in.
         """
         return {"steps": self._steps, **self._exchange.stats()}
 
@@ -313,13 +317,13 @@ class Gossip:
         """Log `stats` to a TensorBoard ``SummaryWriter`` under ``gossip/``, at `step`.
 
         step: the optimizer steps so far by default. Staleness goes as its mean and its maximum,
-        nonfinite as its sum, lost as how many.
+        nonfinite as its sum, lost and came as how many.
         """
         found = self.stats()
         steps = found.pop("steps")
         edges = list(found.pop("staleness").values()) or [0.0]
         found["nonfinite"] = sum(found["nonfinite"].values())
-        found["lost"] = len(found["lost"])
+        found["lost"], found["came"] = len(found["lost"]), len(found["came"])
         found |= {"staleness_mean": sum(edges) / len(edges), "staleness_max": max(edges)}
         for name, value in found.items():
             writer.add_scalar(f"gossip/{name}", value, steps if step is None else step)
@@ -397,6 +401,7 @@ class Gossip:
 
     def _detach(self) -> None:
         self._snapshots.close()
+        self.group.end_model(self._clock)
         try:
             if not (self.group.failed or self.group.closed):
                 for _, shuffled in self._shuffled:

@@ -322,7 +322,7 @@ class Shuffled:
 
     def _meet(self, length: int, epoch: int) -> None:
         """Learn all ranks' lengths, and that all are in the same epoch."""
-        self.group.hold_guests(MEETING)
+        self.group.let_in(MEETING)
         self.group.agree(MEETING, {"epoch": epoch})
         self._lengths = self._ask(length)[:, 0].tolist()
 

@@ -27,7 +27,7 @@ class Snapshots:
         self._wanted: set[str] = set()
         self._made: dict[str, bytes] = {}
         self._ends: dict[str, bytes] = {}
-        self._closed = False
+        self._closed = self._fetched = False
 
     # --- the member's side ---------------------------------------------------------------------
 
@@ -74,18 +74,23 @@ class Snapshots:
 
     # --- the guest's side ----------------------------------------------------------------------
 
-    def fetch(self) -> bytes:
+    def fetch(self) -> bytes | None:
         """The state of the next member that has one. Raises errors of `Group.fetch_from`.
 
-        `RankMissingError` if the job ends before, `ExchangeError` if it is not what was sent.
+        None, after the first time, if this rank has become a member meanwhile: the others wait for
+        it then, and make no more snapshots. `RankMissingError` if the job ends before,
+        `ExchangeError` if it is not what was sent.
         """
         group = self.group
         while True:
+            if self._fetched and not group.guest:
+                return None
             others = group.others
             if not others:
                 raise RankMissingError(f"nobody is left to tell rank {group.rank} its state", ())
             found = self._fetch(min([rank for rank in others if rank > group.rank] or others))
             if found is not None:
+                self._fetched = True
                 return found
 
     def _fetch(self, rank: int) -> bytes | None:
