@@ -51,7 +51,7 @@ def main() -> None:
     if "outer" in modes:
         modes["outer"] = ug.Nesterov(**modes["outer"])
     optimizer: torch.optim.Optimizer = (
-        torch.optim.SGD(model.parameters(), 0.05, momentum=0.5)
+        torch.optim.SGD(model.parameters(), 0.01, momentum=0.5)
         if kind == "sgd"
         else torch.optim.AdamW(model.parameters(), 0.01)
     )

@@ -411,3 +411,24 @@ def test_verify_must_be_the_same_on_all_ranks(as_ranks: Ranks, store: Any) -> No
     ends = as_ranks(2, lambda rank: ug.join(rank, 2, store, "shm", TIMEOUT, verify=rank == 1))
     assert all(isinstance(end, errors.MismatchError) for end in ends), ends
     assert "verify" in str(ends[0])
+
+
+def test_a_credit_that_cannot_be_sent_to_a_living_rank_is_an_error(
+    job: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To a dead one it is not: whoever sends it may hold the lock that its loss waits for."""
+
+    def body(group: ug.Group) -> None:
+        box = group.mailbox(64)
+        group.reach(1 - group.rank, box)
+        group.agree("reached", {})
+        if group.rank == 0:
+            monkeypatch.setattr("ucxgossip.group.rounds.grant", lambda *_: -25)
+            with group.steady():
+                group.grant(box, 1, 0)
+            group.look_around()
+        group.agree("the other one is told", {})
+
+    first, second = job(2, body, "tcp", raw=True)
+    assert isinstance(first, errors.UCXError) and "a credit" in str(first)
+    assert isinstance(second, errors.PeerError)

@@ -385,6 +385,8 @@ def test_place_is_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Place.from_environment().local_size == 1
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     assert Place.from_environment().local_size == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # a torchrun for each rank
+    assert Place.from_environment().local_size == 8
 
 
 @pytest.mark.parametrize("name", [name for name in VARIABLES if name != "MASTER_ADDR"])

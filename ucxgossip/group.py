@@ -40,7 +40,8 @@ from ucxgossip.errors import (
     UCXError,
 )
 from ucxgossip.mailbox import Mailbox
-from ucxgossip.membership import JobGoneError, Membership
+from ucxgossip.meetings import JobGoneError
+from ucxgossip.partners import Partners
 from ucxgossip.quarantine import Quarantine, check_policy
 from ucxgossip.rendezvous import Rendezvous
 from ucxgossip.schedule import ALONE, Dissemination, Rotated, Round, Schedule
@@ -200,7 +201,7 @@ def _facts(context: Context, tuning: Tuning) -> dict[str, object]:
     }
 
 
-class Group(Membership):
+class Group(Partners):
     """The ranks of a job and what goes between them. Made by `join`.
 
     found: a running job, to come to as a guest; else this rank founds one. note: the key by which
@@ -219,8 +220,9 @@ class Group(Membership):
         found: running.Running | None = None,
     ) -> None:
         engine = Engine(context, place.rank, place.size, tuning, ring=context.transport != "tcp")
-        super().__init__(context, engine, meeting, place.size, tuning, verify, dead_after)
+        super().__init__(context, engine, meeting, place.size, dead_after, tuning, verify)
         self._quarantine = Quarantine()
+        self._doubtful: list[tuple[int, int, UCXError]] = []
         self._closing = threading.RLock()
         forks.watch(self)
         self._exchange_box: Mailbox | None = None
@@ -334,20 +336,6 @@ class Group(Membership):
             to=part.to if part.to in self.members else None,
             sender=part.sender if part.sender in self.members else None,
         )
-
-    def _note_use(self, mailbox: Mailbox, this: Round, ahead: Round | None) -> None:
-        """Remember whom the next round of `mailbox` uses, and who may put since then."""
-        number = mailbox.round
-        for old in [each for each in mailbox.credited if each < number]:
-            del mailbox.credited[old]
-        if this.sender is not None:
-            mailbox.credited[number] = this.sender
-        if ahead is not None and ahead.sender is not None:
-            mailbox.credited[number + mailbox.layout.depth] = ahead.sender
-        self._uses += 1
-        for rank in (this.to, this.sender, None if ahead is None else ahead.sender):
-            if rank is not None:
-                self._used[rank] = self._uses
 
     def _post_reached(
         self,
@@ -588,15 +576,26 @@ class Group(Membership):
             mailbox.ahead.clear()
 
     def grant(self, mailbox: Mailbox, rank: int, number: int) -> None:
-        """Tell `rank` that the slot of round `number` of `mailbox` is free."""
+        """Tell `rank` that the slot of round `number` of `mailbox` is free.
+
+        Where that fails, `rank` may be dead: the next `look_around` finds out.
+        """
         with self.engine.locked():
             status = rounds.grant(self.engine.words, self.engine.table[mailbox.index], rank, number)
         if status < 0:
-            self._fail(UCXError(ops.SEND, int(status), status_name(int(status)), "a credit"))
+            error = UCXError(ops.SEND, int(status), status_name(int(status)), "a credit")
+            self._doubtful.append((rank, self.epoch, error))
 
     def look_around(self) -> None:
-        """`PeerError` if another rank left with an error: for whoever waits for nobody."""
+        """`PeerError` if another rank left with an error: for whoever waits for nobody.
+
+        `UCXError` where a credit could not be sent to a rank that lives.
+        """
         self._check_usable()
+        while self._doubtful:
+            rank, epoch, error = self._doubtful.pop()
+            if epoch == self.epoch:
+                self._doubt((rank,), epoch, error)
 
     def check_schedule(self, schedule: Schedule) -> Schedule:
         """`schedule` if it fits this group; `ScheduleError` else."""

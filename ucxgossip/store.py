@@ -24,6 +24,8 @@ from ucxgossip.errors import ArgumentError, PortInUseError, RendezvousError
 _CONNECT_GRACE = 5.0
 """Seconds beyond its own timeout that torch's store may take to connect."""
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
 T = TypeVar("T")
 
 
@@ -69,7 +71,9 @@ class Place:
         if not 0 <= rank < size:
             raise ArgumentError(f"rank {rank} does not fit world size {size}")
         host = os.environ.get("MASTER_ADDR", "")
-        local = _whole("LOCAL_WORLD_SIZE", size if host in ("127.0.0.1", "localhost") else 1)
+        local = _whole("LOCAL_WORLD_SIZE", 1)
+        if host in LOOPBACK:  # which no rank of another host would reach, however it was started
+            local = size
         return cls(rank, size, host or "127.0.0.1", _whole("MASTER_PORT", 29500), local)
 
     def founders(self, min_size: int | None) -> int:
@@ -89,7 +93,7 @@ class Place:
         chosen = os.environ.get("UCXGOSSIP_HOST")
         if chosen:
             return chosen
-        if self.host in ("127.0.0.1", "localhost", "::1") or self.local_size == self.size:
+        if self.host in LOOPBACK or self.local_size == self.size:
             return "127.0.0.1"
         found = _source_address(self.host)
         # A host's own name often stands for a loopback address in its hosts file.

@@ -13,6 +13,7 @@ from ucxgossip.errors import (
     SparseGradientError,
 )
 from ucxgossip.group import Group
+from ucxgossip.guests import MODEL
 from ucxgossip.mixing import Modes, Nesterov, check_push_sum, default_schedule
 from ucxgossip.schedule import (
     Schedule,
@@ -102,7 +103,7 @@ def attach(
     runs = partition(
         [(name, p) for name, p in model.named_parameters() if p.requires_grad], bucket_bytes
     )
-    label = group.label("model")
+    label = group.label(MODEL)
     late = group.agree("attach", _facts(model, modes, chosen, bucket_bytes), once=label)
     return Gossip(model, optimizer, group, modes, chosen, runs, scaler, label, late)
 

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from ucxgossip.buffer import Buffer
 from ucxgossip.errors import ArrayError
 from ucxgossip.group import Group
-from ucxgossip.membership import NOT_YET
+from ucxgossip.meetings import NOT_YET
 
 ALIGNMENT = 64
 """Bytes to which each tensor is aligned in a payload."""

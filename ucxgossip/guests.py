@@ -1,0 +1,208 @@
+"""Ranks that come to a running job: how they find it, what they take over, when they come in.
+
+The members keep a `History` for them, and tell the store where they are (`running`). A guest runs
+the same script from its start; what the others settled once it takes over, and it comes in when it
+first needs the others, or with its models (`arrive`): docs/members.md.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from ucxgossip import running
+from ucxgossip.engine import Engine, Tuning
+from ucxgossip.errors import (
+    ExchangeTimeoutError,
+    GossipError,
+)
+from ucxgossip.history import History
+from ucxgossip.mailbox import Layout, Mailbox
+from ucxgossip.members import STEP
+from ucxgossip.membership import Membership
+from ucxgossip.rendezvous import Rendezvous
+from ucxgossip.ucp.context import Context
+
+MODEL = "model"
+"""What the keys of attached models begin with."""
+
+_PATIENCE = 10.0
+_FRESH_S, _FRESH = 5.0, 20.0
+"""A guest that waits fetches weights anew after so many seconds, and times what that took."""
+
+
+class Guests(Membership):
+    """A membership that guests may come to, or that this rank comes to as one."""
+
+    def __init__(
+        self,
+        context: Context,
+        engine: Engine,
+        meeting: Rendezvous,
+        size: int,
+        dead_after: float,
+        tuning: Tuning,
+        verify: bool,
+    ) -> None:
+        super().__init__(context, engine, meeting, size, dead_after)
+        self.tuning, self.verify = tuning, verify
+        self._history = History()
+        self._inherited: set[str] = set()
+        self._unclaimed: dict[str, Mailbox] = {}
+        self._settled = 0
+        self._arriving: list[tuple[Callable[[], None], Callable[[int], None]]] = []
+        self._note = ""
+        self._job = b""
+
+    # --- finding the job --------------------------------------------------------------------------
+
+    def _write_note(self) -> None:
+        """Tell those who come later where the members are; one of them does."""
+        if self._warden is not None and (self.rank == self.members[0] or self._came_late):
+            if not self._store_is_there():
+                return
+            contacts, board = self._warden.contacts, self._meeting.board
+            self._quietly(lambda: running.write(board, self._note, self._job, contacts))
+
+    def _erase_note(self) -> None:
+        """Nobody is to come any more; the lowest member says so."""
+        if self.rank == self.members[0] and self._store_is_there():
+            self._quietly(lambda: running.erase(self._meeting.board, self._note))
+
+    # --- taking over ------------------------------------------------------------------------------
+
+    def _tell_history(self, name: str) -> bytes | None:
+        """The history, once it holds what the first meetings settled, as many as `name` says."""
+        with self._lock:
+            ready = self._settled >= int(name.split()[1])
+            return self._history.dump() if ready else None
+
+    def _catch_up(self, passed: int) -> None:
+        """Learn what the members settled in their first `passed` meetings."""
+        assert self._warden is not None
+        deadline = time.monotonic() + self.timeout
+        blob, other = None, self.rank
+        while blob is None:
+            others = self.others
+            if not others:  # this rank came in, and all others died
+                return
+            other = others[0]
+            try:
+                blob = self._warden.fetch(other, f"history {passed}", _PATIENCE)
+            except ExchangeTimeoutError as error:
+                if time.monotonic() > deadline:
+                    self._fail(error)
+            self._check_usable()
+        history = History.parse(blob, other)
+        with self._lock:
+            self._inherited |= history.news(self._history)
+            known = len(self._history.mailboxes)
+            self._history, self._settled = history, passed
+            for name, nbytes, depth in history.mailboxes[known:]:
+                mailbox = self._open(nbytes, depth)
+                self._unclaimed[name] = mailbox
+                if mailbox.index < len(self._view_facts.rounds):
+                    mailbox.base = mailbox.round = self._view_facts.rounds[mailbox.index]
+
+    def _open(self, nbytes: int, depth: int) -> Mailbox:
+        with self.steady():
+            layout = Layout(nbytes, depth, self.tuning.chunk, self.verify)
+            mailbox = Mailbox(self.context, layout, self.size)
+            try:
+                self.engine.open(mailbox)
+            except BaseException:
+                mailbox.close()
+                raise
+            self._offer(mailbox)
+        return mailbox
+
+    def _takes_over(self, once: str) -> bool:
+        """Whether the others settled this before; if not, a guest comes in now."""
+        if once not in self._inherited:
+            self.enter()
+        if once not in self._inherited:
+            return False
+        self._inherited.discard(once)
+        return True
+
+    # --- coming in --------------------------------------------------------------------------------
+
+    def enter(self, patience: float | None = None) -> bool:
+        """Become a member, if this rank is a guest: the others go on with it from then on.
+
+        Whatever needs the others does so by itself; `attach` does once the model has its weights.
+        patience: seconds after which to give up for now; by default it goes on as long as members
+        answer. Returns whether it is a member.
+        """
+        if not self.guest:
+            return True
+        self._check_usable()
+        assert self._warden is not None
+        self._warden.answer("history", self._tell_history)
+        try:
+            if not self._warden.enter(self.timeout, patience):
+                return False
+        except GossipError as error:
+            self._fail(error)
+        self._check_usable()
+        self._catch_up(self._view_facts.passed)
+        self._write_note()
+        return True
+
+    def arrive(
+        self, clock: Callable[[], int], fetch: Callable[[], None], go_on: Callable[[int], None]
+    ) -> None:
+        """Attach one more of the models that the members have; with the last one, come in.
+
+        clock: how many steps this rank has made with it. fetch: takes over what another rank has.
+        go_on: called with the members' steps once this rank is one of them. Guests may have to
+        wait (for the end of an epoch, say), and weights grow old: `fetch` is called anew then.
+        """
+        self._clocks.append(clock)
+        self._arriving.append((fetch, go_on))
+        if any(name.startswith(MODEL) for name in self._inherited):
+            return  # they have more
+        entered = not self.guest
+        while True:
+            start = time.monotonic()
+            for fetch_one, _ in self._arriving:
+                fetch_one()
+            if entered or self.enter(max(_FRESH_S, _FRESH * (time.monotonic() - start))):
+                break
+        for (_, go_on_one), steps in zip(self._arriving, self._view_facts.steps, strict=False):
+            go_on_one(steps)
+        self._arriving.clear()
+        self._let_in_between_steps()
+
+    # --- letting others in ------------------------------------------------------------------------
+
+    def let_in(self, when: str) -> None:
+        """From now on guests come in when all members are at the meeting `when`."""
+        if self._warden is not None:
+            self._warden.let_in(when)
+
+    def found_model(self, clock: Callable[[], int]) -> None:
+        """Attach one more model, as all others do now."""
+        self._clocks.append(clock)
+        self._let_in_between_steps()
+
+    def _let_in_between_steps(self) -> None:
+        if self._warden is not None:
+            self._warden.let_in(STEP, self._clocks[0])
+
+    def rest(self, clock: Callable[[], int]) -> None:
+        """Before a step of the model with this clock: stay while guests come in, if any."""
+        if self._warden is not None and self._clocks[:1] == [clock]:
+            self._warden.rest(clock(), self.timeout)
+
+    def passed_step(self, clock: Callable[[], int]) -> None:
+        """After a step of the model with this clock, before anybody is waited for."""
+        if self._warden is not None and self._clocks[:1] == [clock]:
+            self._warden.passed_step(clock())
+
+    def end_model(self, clock: Callable[[], int]) -> None:
+        """No more steps with this clock; guests are too late when it was the last one."""
+        if clock in self._clocks:
+            self._clocks.remove(clock)
+        if self._warden is not None and not self._clocks:
+            self._warden.no_more_steps()

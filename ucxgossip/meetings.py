@@ -1,0 +1,268 @@
+"""What all members do together: agree on facts, merge blobs, make mailboxes, repeat until whole.
+
+All of it is collective: every member makes the same calls in the same order. What is settled once
+in the life of the group is written into its history, for those who come later.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ucxgossip import running
+from ucxgossip.engine import Engine, Tuning
+from ucxgossip.errors import (
+    ArgumentError,
+    GossipError,
+    MismatchError,
+)
+from ucxgossip.guests import Guests
+from ucxgossip.history import plain
+from ucxgossip.mailbox import Layout, Mailbox
+from ucxgossip.members import Warden
+from ucxgossip.membership import log, nothing
+from ucxgossip.rendezvous import Rendezvous, first_difference
+from ucxgossip.store import Place
+from ucxgossip.ucp.context import Context
+
+NOT_YET = b"null"
+"""What a merge gives that is to be made again later; no history keeps it."""
+
+
+class JobGoneError(Exception):
+    """The job that a note tells of has ended; never leaves `join`."""
+
+
+class Meetings(Guests):
+    """A membership whose members meet."""
+
+    def __init__(
+        self,
+        context: Context,
+        engine: Engine,
+        meeting: Rendezvous,
+        size: int,
+        dead_after: float,
+        tuning: Tuning,
+        verify: bool,
+    ) -> None:
+        super().__init__(context, engine, meeting, size, dead_after, tuning, verify)
+        self._naming = "mailbox"
+        self._names: dict[str, int] = {}
+
+    # --- the first meeting ------------------------------------------------------------------------
+
+    def _found(self, place: Place, facts: Mapping[str, object], note: str) -> None:
+        """Begin the job with the other founders. note: the key to tell of it by."""
+        self._note = note
+        self._meeting.agree("join", facts)
+        self._history.agreed["join"] = plain(facts)
+        if self.size > 1:
+            seal = self._meeting.meet()
+            self._job = seal.job
+            self._warden = self._make_warden(place, seal)
+            self._meet_wardens(self._warden)
+            self._write_note()
+
+    def _visit(
+        self, place: Place, facts: Mapping[str, object], note: str, found: running.Running
+    ) -> None:
+        """Come to a job that runs, as a guest; `JobGoneError` if it does not run any more."""
+        self.guest = self._came_late = True
+        self._note, self._job = note, found.number
+        seal = self._meeting.board.seal.of_job(found.number)
+        self._warden = self._make_warden(place, seal)
+        self._warden.start(found.contacts, guest=True)
+        try:
+            if not self._warden.knock(self.timeout):
+                raise JobGoneError
+            self.members, self.epoch = self._warden.view.members, self._warden.view.epoch
+            self._catch_up(0)
+            self.agree("join", facts, once="join")
+        except BaseException:
+            self._warden.close()
+            raise
+        log.info("rank %d: found a job of ranks %s", self.rank, list(self.members))
+
+    def _meet_wardens(self, warden: Warden) -> None:
+        """Start this rank's warden and tell all founders where it listens."""
+        meeting = self._meeting
+        try:
+            meeting.publish("warden", json.dumps(warden.address).encode())
+            if self.rank == 0:
+                blobs = [meeting.collect("warden", rank) for rank in self.members]
+                meeting.publish("wardens", json.dumps([json.loads(b) for b in blobs]).encode())
+            addresses = json.loads(meeting.collect("wardens", 0))
+            meeting.agree("wardens", {})
+            warden.offer("worker 0", self.engine.worker.address)
+            warden.answer("history", self._tell_history)
+            warden.start({rank: (host, port) for rank, (host, port) in enumerate(addresses)})
+        except BaseException:
+            warden.close()
+            raise
+
+    # --- agreement --------------------------------------------------------------------------------
+
+    def agree(self, name: str, facts: Mapping[str, object], once: str = "") -> bool:
+        """Meet all members and check that they bring the same facts. Collective.
+
+        `MismatchError` where they do not, with the same message on every rank. once: a key, under
+        which it is done once in the life of the group; who comes later compares with what was
+        agreed, and need not meet. Returns whether that was so.
+        """
+        mine = plain(facts)
+        if self._takes_over(once):
+            first = self.members[0]
+            difference = first_difference(self._history.agreed[once], mine, self.rank, first=first)
+            if difference:
+                raise MismatchError(f"{name}: {difference}")
+            return True
+
+        def record() -> None:
+            if once:
+                self._history.agreed[once] = mine
+
+        self._compare(name, mine, record)
+        return False
+
+    def _compare(self, name: str, mine: Any, record: Callable[[], None]) -> None:
+        """Meet all members, who all bring the same facts, and record it; `MismatchError` else."""
+
+        def compare(blobs: list[bytes], ranks: Sequence[int]) -> bytes:
+            first = json.loads(blobs[0])
+            for blob, rank in zip(blobs, ranks, strict=True):
+                difference = first_difference(first, json.loads(blob), rank, first=ranks[0])
+                if difference:
+                    return f"{name}: {difference}".encode()
+            return b""
+
+        def settle(message: bytes) -> None:
+            if not message:
+                record()
+
+        message = self._meet(name, json.dumps(mine).encode(), compare, settle)
+        if message:  # whoever left may have left because of it
+            raise MismatchError(message.decode())
+        self._check_usable()
+
+    def share(
+        self, name: str, blob: bytes, merge: Callable[[list[bytes]], bytes], once: str = ""
+    ) -> bytes:
+        """What `merge` makes of the blobs of all members, in order. Collective.
+
+        For what is rare and small: it goes through the member with the lowest rank. once: as in
+        `agree`; who comes later gets what was merged then (``null`` means not yet, and is not
+        kept).
+        """
+        if self._takes_over(once):
+            return self._history.shared[once]
+
+        def record(merged: bytes) -> None:
+            if once and merged != NOT_YET:
+                self._history.shared[once] = merged
+
+        return self._meet(name, blob, lambda blobs, _: merge(blobs), record)
+
+    def _meet(
+        self,
+        name: str,
+        blob: bytes,
+        merge: Callable[[list[bytes], Sequence[int]], bytes],
+        record: Callable[[bytes], None] = lambda _: None,
+    ) -> bytes:
+        while True:
+            with self.steady():
+                epoch = self.epoch
+            if self._warden is None:
+                found: bytes | None = merge([blob], [self.rank])
+            else:
+                try:
+                    found = self._warden.meet(epoch, name, blob, merge, self.timeout)
+                except MismatchError:
+                    raise
+                except GossipError as error:
+                    self._fail(error)
+            if found is not None:
+                self._settle(record, found)
+                return found
+            self._check_usable()
+
+    def _settle(self, record: Callable[[bytes], None], found: bytes) -> None:
+        """Write down what a meeting gave, for those who come later."""
+        with self._lock:
+            record(found)
+            if self._warden is not None:
+                self._settled = self._warden.passed[0]
+
+    def together(self, operation: Callable[[int], bool], undo: Callable[[], None]) -> int:
+        """Do `operation` until all members have done it in one epoch; which. Collective.
+
+        operation: called with the epoch, outside of which it may post nothing; whether all its
+        rounds ended. undo: brings back what it changed, to do it again.
+        """
+        self.enter()
+        while True:
+            with self.steady():
+                epoch = self.epoch
+            if operation(epoch) and self._confirm(epoch):
+                return epoch
+            undo()
+            self._await_change(epoch)
+
+    def _confirm(self, epoch: int) -> bool:
+        """Meet all members: whether all have come here in `epoch`. Collective."""
+        if self._warden is None:
+            return True
+        try:
+            found = self._warden.meet(epoch, "together", b"", nothing, self.timeout)
+        except GossipError as error:
+            self._fail(error)
+        if found is None:
+            return False
+        self._settle(lambda _: None, found)
+        return True
+
+    # --- mailboxes --------------------------------------------------------------------------------
+
+    def label(self, kind: str) -> str:
+        """``"model 0"``, ``"model 1"``: the same on all ranks, which ask in the same order."""
+        count = self._names.get(kind, 0)
+        self._names[kind] = count + 1
+        return f"{kind} {count}"
+
+    @contextmanager
+    def naming(self, name: str) -> Iterator[None]:
+        """Mailboxes made in this block belong to `name`, by which a guest finds its own."""
+        before, self._naming = self._naming, name
+        try:
+            yield
+        finally:
+            self._naming = before
+
+    def mailbox(self, nbytes: int, depth: int = 2) -> Mailbox:
+        """A stream of rounds of at most `nbytes` each, `depth` of which may wait. Collective."""
+        self._check_usable()
+        if isinstance(nbytes, bool) or not isinstance(nbytes, int) or nbytes < 1:
+            raise ArgumentError(f"mailbox of {nbytes!r} bytes; must be a positive whole number")
+        layout = Layout(nbytes, depth, self.tuning.chunk, self.verify)
+        name = self.label(self._naming)
+        if name not in self._unclaimed:
+            self.enter()
+        if name in self._unclaimed:
+            mailbox = self._unclaimed.pop(name)
+            if mailbox.layout != layout:
+                known = mailbox.layout
+                raise MismatchError(
+                    f"{name}: rank {self.members[0]} has {known.nbytes} bytes in {known.depth} "
+                    f"slots, rank {self.rank} has {nbytes} in {depth}"
+                )
+            return mailbox
+        mailbox = self._open(nbytes, depth)
+
+        def record() -> None:
+            self._history.mailboxes.append((name, nbytes, depth))
+
+        self._compare(f"mailbox {mailbox.index}", {"bytes": nbytes, "depth": depth}, record)
+        return mailbox
