@@ -231,3 +231,35 @@ def test_nobody_waits_for_a_warden_that_broke() -> None:
         job.until(lambda: bool(job.told[0]))
         assert "can watch over the others no longer: RuntimeError('broken')" in job.told[0][0]
         assert warden.meet(0, "anything", b"", lambda blobs, _: b"", DEADLINE_S) is None
+
+
+def test_a_guest_learns_who_is_there_and_when_it_may_come_in() -> None:
+    """The lowest rank comes: it leads from then on, and must not let others in at once."""
+    with ranks(3) as job:
+        job.kill(0)
+        job.until(lambda: job.wardens[1].view.members == (1, 2))
+        for warden in job.wardens[1:]:
+            warden.let_in("shuffled")
+        guest = job._make(0, 10.0)
+        contacts = {warden.rank: warden.address for warden in job.wardens}
+        guest.start(contacts, guest=True)
+        try:
+            assert guest.knock(DEADLINE_S)
+            assert guest.view.members == (1, 2)
+            assert guest._door.kind == "shuffled"
+            assert not guest.enter(DEADLINE_S, patience=0.1)
+        finally:
+            guest.close()
+
+
+def test_nobody_is_there_any_more() -> None:
+    with ranks(2) as job:
+        contacts = {warden.rank: warden.address for warden in job.wardens}
+        guest = job._make(1, 10.0)
+        for rank in (0, 1):
+            job.kill(rank)
+        guest.start(contacts, guest=True)
+        try:
+            assert not guest.knock(DEADLINE_S)
+        finally:
+            guest.close()

@@ -162,6 +162,7 @@ class Guests(Membership):
         self._arriving.append((fetch, go_on))
         if any(name.startswith(MODEL) for name in self._inherited):
             return  # they have more
+        self._let_in_between_steps()
         entered = not self.guest
         while True:
             start = time.monotonic()
@@ -172,7 +173,6 @@ class Guests(Membership):
         for (_, go_on_one), steps in zip(self._arriving, self._view_facts.steps, strict=False):
             go_on_one(steps)
         self._arriving.clear()
-        self._let_in_between_steps()
 
     # --- letting others in ------------------------------------------------------------------------
 

@@ -804,7 +804,8 @@ class Warden:
             return
         contacts = [[rank, self._contacts[rank]] for rank in self.view.members]
         view = self.view.message()
-        self._send(sender, {"kind": "welcome", "view": view, "contacts": contacts})
+        told = {"view": view, "contacts": contacts, "door": self._door.kind}
+        self._send(sender, {"kind": "welcome", **told})
         if message["enter"] and self.view.leader == self.rank and not self._agreement.changing:
             self._door.knock(sender)
 
@@ -830,6 +831,7 @@ class Warden:
         if not self._agreement.inside and view.epoch >= self.view.epoch:
             for rank, (host, port) in message["contacts"]:
                 self._contacts[rank] = [host, port]
+            self._door.kind = str(message["door"])  # it may lead as soon as it is in
             if view.epoch > self.view.epoch and self.rank not in view.members:
                 self._agreement.view = view
         self._notify()
