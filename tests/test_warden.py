@@ -263,3 +263,28 @@ def test_nobody_is_there_any_more() -> None:
             assert not guest.knock(DEADLINE_S)
         finally:
             guest.close()
+
+
+def test_a_guest_is_in_only_when_its_group_knows() -> None:
+    with ranks(2) as job:
+        job.kill(1)
+        job.until(lambda: job.wardens[0].view.members == (0,))
+        guest = job._make(1, 10.0)
+        entered = threading.Event()
+        install = guest._install_group
+        waited: list[bool] = []
+
+        def slowly(view: View) -> None:
+            waited.append(entered.wait(0.3))  # the thread that enters must not be through by now
+            install(view)
+
+        guest._install_group = slowly
+        guest.start({0: job.wardens[0].address}, guest=True)
+        try:
+            assert guest.knock(DEADLINE_S)
+            assert guest.enter(DEADLINE_S)
+            entered.set()
+            assert waited == [False]
+            assert job.views[1][-1].members == (0, 1)
+        finally:
+            guest.close()

@@ -116,6 +116,7 @@ class Warden:
         self._results: dict[int, bytes] = {}
         self._alive: set[int] = set()
         self._passed = 0
+        self._inside = False
         self._changed = threading.Condition()
         self._stop = False
         self._over = False
@@ -143,6 +144,7 @@ class Warden:
         guest: not yet; they are members of a job that runs already (`knock`, `enter`).
         """
         self._contacts.update({rank: [*address] for rank, address in contacts.items()})
+        self._inside = not guest
         if not guest:
             self._agreement.view = View(0, tuple(sorted(contacts)))
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
@@ -200,7 +202,7 @@ class Warden:
         most = math.inf if patience is None else patience
 
         def look() -> bool | None:
-            return True if self._agreement.inside else None
+            return True if self._inside else None
 
         found = self._ask_to(look, timeout, most, "to let it in", enter=True)
         if found is None and self._over:
@@ -745,6 +747,7 @@ class Warden:
         self._door.reset()
         self._watch()
         self._install_group(view)
+        self._inside = True  # only now: the group knows from where it goes on
         self._notify()
         self._release_arrived()
 
