@@ -57,7 +57,7 @@ class World:
             self.paused[rank] = True
             if self.told[rank] != (pause.ticket, steps):
                 self.told[rank] = (pause.ticket, steps)
-                door.report(steps)
+                door.report(steps, pause.ticket)
             return
         self.paused[rank] = False
         self.steps[rank] += 1

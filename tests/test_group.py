@@ -420,7 +420,7 @@ def test_a_credit_that_cannot_be_sent_to_a_living_rank_is_an_error(
 
     def body(group: ug.Group) -> None:
         box = group.mailbox(64)
-        group.reach(1 - group.rank, box)
+        group.exchange(np.ones(8), mailbox=box)
         group.agree("reached", {})
         if group.rank == 0:
             monkeypatch.setattr("ucxgossip.group.rounds.grant", lambda *_: -25)

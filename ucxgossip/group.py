@@ -683,6 +683,7 @@ class Group(Partners):
         if self.guest:
             return
         self._erase_note()
+        self._warden.no_more_steps()
         # While everybody still drives, so that nobody's last put meets a closed door.
         deadline = time.monotonic() + self.timeout
         while self._failure is None and time.monotonic() < deadline:

@@ -7,18 +7,21 @@ first needs the others, or with its models (`arrive`): docs/members.md.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 
 from ucxgossip import running
 from ucxgossip.engine import Engine, Tuning
 from ucxgossip.errors import (
+    ExchangeError,
     ExchangeTimeoutError,
     GossipError,
+    RankMissingError,
 )
 from ucxgossip.history import History
 from ucxgossip.mailbox import Layout, Mailbox
-from ucxgossip.members import STEP
+from ucxgossip.members import NOW, SHUT, STEP
 from ucxgossip.membership import Membership
 from ucxgossip.rendezvous import Rendezvous
 from ucxgossip.ucp.context import Context
@@ -26,7 +29,7 @@ from ucxgossip.ucp.context import Context
 MODEL = "model"
 """What the keys of attached models begin with."""
 
-_PATIENCE = 10.0
+_PATIENCE_S, _AGAIN_S = 2.0, 0.1
 _FRESH_S, _FRESH = 5.0, 20.0
 """A guest that waits fetches weights anew after so many seconds, and times what that took."""
 
@@ -73,7 +76,9 @@ class Guests(Membership):
 
     def _tell_history(self, name: str) -> bytes | None:
         """The history, once it holds what the first meetings settled, as many as `name` says."""
+        assert self._warden is not None
         with self._lock:
+            self._history.door = self._warden.door
             ready = self._settled >= int(name.split()[1])
             return self._history.dump() if ready else None
 
@@ -82,17 +87,23 @@ class Guests(Membership):
         assert self._warden is not None
         deadline = time.monotonic() + self.timeout
         blob, other = None, self.rank
-        while blob is None:
+        for turn in itertools.count():
             others = self.others
             if not others:  # this rank came in, and all others died
                 return
-            other = others[0]
+            other = others[turn % len(others)]  # who came in with this rank may not know either
             try:
-                blob = self._warden.fetch(other, f"history {passed}", _PATIENCE)
-            except ExchangeTimeoutError as error:
-                if time.monotonic() > deadline:
-                    self._fail(error)
+                blob = self._warden.fetch(other, f"history {passed}", _PATIENCE_S)
+                error = None
+            except ExchangeTimeoutError as late:
+                error = late
+            if blob is not None:
+                break
             self._check_usable()
+            if self._warden.over or time.monotonic() > deadline:
+                ended = f"the job ended before rank {self.rank} could come in"
+                self._fail(error or RankMissingError(ended, (other,)))
+        assert blob is not None
         history = History.parse(blob, other)
         with self._lock:
             self._inherited |= history.news(self._history)
@@ -103,6 +114,24 @@ class Guests(Membership):
                 self._unclaimed[name] = mailbox
                 if mailbox.index < len(self._view_facts.rounds):
                     mailbox.base = mailbox.round = self._view_facts.rounds[mailbox.index]
+
+    def _look_up(self, settled: Callable[[], bool]) -> bool:
+        """Whether the others have settled something before; if they will not, a guest comes in.
+
+        While their door is not open to all, they may be at it, and a guest asks again.
+        """
+        if settled():
+            return True
+        deadline = time.monotonic() + self.timeout
+        while self.guest:
+            self._catch_up(0)
+            if settled():
+                return True
+            if self._history.door == NOW or time.monotonic() > deadline:
+                self.enter()
+                return settled()
+            time.sleep(_AGAIN_S)
+        return False
 
     def _open(self, nbytes: int, depth: int) -> Mailbox:
         with self.steady():
@@ -118,12 +147,20 @@ class Guests(Membership):
 
     def _takes_over(self, once: str) -> bool:
         """Whether the others settled this before; if not, a guest comes in now."""
-        if once not in self._inherited:
+        if not once:
             self.enter()
-        if once not in self._inherited:
+            return False
+        if not self._look_up(lambda: once in self._inherited):
             return False
         self._inherited.discard(once)
         return True
+
+    def _models_wait(self) -> bool:
+        """Whether the members train models that this rank has not attached yet."""
+        agreed = self._history.agreed
+        return any(
+            name.startswith(MODEL) and agreed.get(name) is not None for name in self._inherited
+        )
 
     # --- coming in --------------------------------------------------------------------------------
 
@@ -138,6 +175,11 @@ class Guests(Membership):
             return True
         self._check_usable()
         assert self._warden is not None
+        if self._models_wait():
+            raise ExchangeError(
+                f"rank {self.rank} comes to a job whose ranks train already: it has to attach its "
+                "models before it exchanges, or meets the others, in other ways"
+            )
         self._warden.answer("history", self._tell_history)
         try:
             if not self._warden.enter(self.timeout, patience):
@@ -160,7 +202,7 @@ class Guests(Membership):
         """
         self._clocks.append(clock)
         self._arriving.append((fetch, go_on))
-        if any(name.startswith(MODEL) for name in self._inherited):
+        if self._models_wait():
             return  # they have more
         self._let_in_between_steps()
         entered = not self.guest
@@ -181,6 +223,10 @@ class Guests(Membership):
         if self._warden is not None:
             self._warden.let_in(when)
 
+    def begin_model(self) -> None:
+        """A model is about to be attached: nobody may come in between."""
+        self.let_in(SHUT)
+
     def found_model(self, clock: Callable[[], int]) -> None:
         """Attach one more model, as all others do now."""
         self._clocks.append(clock)
@@ -200,9 +246,14 @@ class Guests(Membership):
         if self._warden is not None and self._clocks[:1] == [clock]:
             self._warden.passed_step(clock())
 
-    def end_model(self, clock: Callable[[], int]) -> None:
-        """No more steps with this clock; guests are too late when it was the last one."""
+    def end_model(self, label: str, clock: Callable[[], int]) -> None:
+        """No more steps of a model; guests are too late when it was the last one."""
+        with self._lock:
+            if label in self._history.agreed:
+                self._history.agreed[label] = None
         if clock in self._clocks:
             self._clocks.remove(clock)
-        if self._warden is not None and not self._clocks:
+        if self._clocks:
+            self._let_in_between_steps()
+        elif self._warden is not None:
             self._warden.no_more_steps()

@@ -19,26 +19,31 @@ from ucxgossip.errors import RendezvousError
 
 @dataclass
 class History:
-    """agreed: facts by name. shared: what was merged, by name. mailboxes: (name, bytes, depth)."""
+    """agreed: facts by name, None for what is over. shared: what was merged, by name.
+
+    mailboxes: (name, bytes, depth). door: when guests come in (`ucxgossip.members.Door`).
+    """
 
     agreed: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, bytes] = field(default_factory=dict)
     mailboxes: list[tuple[str, int, int]] = field(default_factory=list)
+    door: str = ""
 
     def dump(self) -> bytes:
         """As one blob."""
         shared = {name: base64.b64encode(blob).decode() for name, blob in self.shared.items()}
-        return json.dumps([self.agreed, shared, self.mailboxes]).encode()
+        return json.dumps([self.agreed, shared, self.mailboxes, self.door]).encode()
 
     @classmethod
     def parse(cls, blob: bytes, rank: int) -> History:
         """Out of what `rank` sent; `RendezvousError` for anything else."""
         try:
-            agreed, shared, mailboxes = json.loads(blob)
+            agreed, shared, mailboxes, door = json.loads(blob)
             return cls(
                 dict(agreed),
                 {str(name): base64.b64decode(text) for name, text in shared.items()},
                 [(str(name), int(nbytes), int(depth)) for name, nbytes, depth in mailboxes],
+                str(door),
             )
         except (ValueError, TypeError, AttributeError) as error:
             raise RendezvousError(

@@ -15,6 +15,7 @@ from ucxgossip import running
 from ucxgossip.engine import Engine, Tuning
 from ucxgossip.errors import (
     ArgumentError,
+    ExchangeError,
     GossipError,
     MismatchError,
 )
@@ -114,8 +115,13 @@ class Meetings(Guests):
         """
         mine = plain(facts)
         if self._takes_over(once):
-            first = self.members[0]
-            difference = first_difference(self._history.agreed[once], mine, self.rank, first=first)
+            first, agreed = self.members[0], self._history.agreed[once]
+            if agreed is None:
+                raise ExchangeError(
+                    f"{name}: the others have ended what rank {self.rank} begins ({once}); it "
+                    "comes too late for that"
+                )
+            difference = first_difference(agreed, mine, self.rank, first=first)
             if difference:
                 raise MismatchError(f"{name}: {difference}")
             return True
@@ -248,9 +254,7 @@ class Meetings(Guests):
             raise ArgumentError(f"mailbox of {nbytes!r} bytes; must be a positive whole number")
         layout = Layout(nbytes, depth, self.tuning.chunk, self.verify)
         name = self.label(self._naming)
-        if name not in self._unclaimed:
-            self.enter()
-        if name in self._unclaimed:
+        if self._look_up(lambda: name in self._unclaimed):
             mailbox = self._unclaimed.pop(name)
             if mailbox.layout != layout:
                 known = mailbox.layout

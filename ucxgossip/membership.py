@@ -25,6 +25,7 @@ from ucxgossip.errors import (
     ExpelledError,
     GossipError,
     PeerError,
+    RankMissingError,
 )
 from ucxgossip.mailbox import Mailbox
 from ucxgossip.members import Facts, View, Warden
@@ -115,9 +116,15 @@ class Membership:
         """What `rank` offers as `name`, if it is a member; None if it is none (any more)."""
         assert self._warden is not None
         try:
-            return self._warden.fetch(rank, name, self.timeout)
+            found = self._warden.fetch(rank, name, self.timeout)
         except ExchangeTimeoutError as error:
             self._fail(error)
+        if found is None and self.guest and self._warden.over:
+            self._check_usable()
+            self._fail(
+                RankMissingError(f"the job ended before rank {self.rank} could come in", (rank,))
+            )
+        return found
 
     def answer(self, kind: str, answerer: Callable[[str], bytes | None]) -> None:
         """Answer what other ranks fetch by names that begin with `kind`; None: ask again soon."""

@@ -6,7 +6,7 @@ that ties them together.
 """
 
 from ucxgossip.members.agreement import Agreement, Facts, View
-from ucxgossip.members.door import ANY, NOW, OVER, STEP, Door
+from ucxgossip.members.door import ANY, NOW, OVER, SHUT, STEP, Door
 from ucxgossip.members.warden import Warden
 
-__all__ = ["ANY", "NOW", "OVER", "STEP", "Agreement", "Door", "Facts", "View", "Warden"]
+__all__ = ["ANY", "NOW", "OVER", "SHUT", "STEP", "Agreement", "Door", "Facts", "View", "Warden"]

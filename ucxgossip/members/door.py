@@ -18,8 +18,8 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-NOW, STEP = "", "step"
-"""Kinds of doors; any other is the name of a meeting."""
+NOW, SHUT, STEP = "", "shut", "step"
+"""Kinds of doors; any other is the name of a meeting. Shut: all are about to train."""
 PATIENCE_S = 60.0
 """How long all may take to pause."""
 ANY = -1
@@ -41,10 +41,10 @@ class Pause(NamedTuple):
 class Door:
     """One rank's part; not thread-safe. Nothing in it waits.
 
-    kind: NOW, STEP, or the name of the meeting where guests come in. pause: what the leader asks
-    of this rank. clock: how many steps it has made. over: it makes no more. send: hands a message
-    to a rank. members: tells the members. admit: lets a guest in. refuse: tells a guest that it is
-    too late.
+    kind: NOW, SHUT, STEP, or the name of the meeting where guests come in. pause: what the leader
+    asks of this rank. clock: how many steps it has made. over: it makes no more. send: hands a
+    message to a rank. members: tells the members. admit: lets a guest in. refuse: tells a guest
+    that it is too late.
     """
 
     def __init__(
@@ -70,12 +70,17 @@ class Door:
 
     def knock(self, guest: int) -> None:
         """`guest` would like to come in."""
+        if self.over:
+            self._refuse(guest)
+            return
+        if self.kind == SHUT:
+            return
         self.guests.add(guest)
-        if self.kind == NOW:
+        own = self.clock()
+        if self.kind == NOW or (self.kind == STEP and own == ANY):
             self.open()
         elif self.kind == STEP and self._since is None:
-            own = self.clock()
-            self._ask(own if own == ANY else own + 1)
+            self._ask(own + 1)
 
     def open(self) -> None:
         """Let all guests in that wait."""
@@ -105,9 +110,9 @@ class Door:
             return
         self._reports[sender] = int(message["steps"])
         if OVER in self._reports.values():
-            for guest in self.guests:
+            guests, self.guests = self.guests, set()
+            for guest in guests:
                 self._refuse(guest)
-            self.guests.clear()
             self._tell_all_to_go()
         elif self._reports[sender] > self._goal:
             self._ask(self._reports[sender])
@@ -131,7 +136,7 @@ class Door:
         """The leader asks this rank to stop."""
         self.pause = Pause(sender, int(message["ticket"]), int(message["steps"]))
         if self.over:
-            self.report(OVER)
+            self.report(OVER, self.pause.ticket)
         else:
             self.passed(self.clock())
 
@@ -143,12 +148,15 @@ class Door:
     def passed(self, steps: int) -> None:
         """This rank has made so many steps by now."""
         if self.pause is not None and steps > self.pause.steps:
-            self.report(steps)
+            self.report(steps, self.pause.ticket)
 
-    def report(self, steps: int) -> None:
-        """This rank has stopped after so many steps, or has made more."""
-        if self.pause is not None:
-            answer = {"kind": "paused", "ticket": self.pause.ticket, "steps": steps}
+    def report(self, steps: int, ticket: int) -> None:
+        """This rank has stopped after so many steps, or has made more.
+
+        ticket: of the question that this answers; there may be another one by now.
+        """
+        if self.pause is not None and self.pause.ticket == ticket:
+            answer = {"kind": "paused", "ticket": ticket, "steps": steps}
             self._send(self.pause.leader, answer)
 
     def reset(self) -> None:

@@ -22,12 +22,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from ucxgossip import forks
 from ucxgossip.errors import ExchangeTimeoutError, MismatchError, RankMissingError
 from ucxgossip.members.agreement import Agreement, Facts, Message, View
-from ucxgossip.members.door import NOW, OVER, STEP, Door
+from ucxgossip.members.door import NOW, OVER, SHUT, STEP, Door
 from ucxgossip.members.links import Address, Incoming, Outgoing, listen
 from ucxgossip.members.pulse import GOODBYE, Pulse
 from ucxgossip.trust import Seal
@@ -190,7 +191,7 @@ class Warden:
             silent = not self._answered and time.monotonic() - start > _SILENT_S
             return False if gone or silent else None
 
-        return bool(self._ask_to(look, timeout, math.inf, "to tell who the members are"))
+        return bool(self._ask_to(look, timeout, timeout, "to tell who the members are"))
 
     def enter(self, timeout: float, patience: float | None = None) -> bool:
         """As a guest, who has knocked: become a member; whether it came to that.
@@ -258,7 +259,7 @@ class Warden:
         def command() -> None:
             if clock is not None:
                 self._door.clock = clock
-            if self._door.kind in (NOW, STEP):  # a meeting stays
+            if self._door.kind in (NOW, SHUT, STEP):  # a meeting stays
                 self._door.kind = when
             self._door.over = False
 
@@ -279,7 +280,7 @@ class Warden:
                     return
                 if pause.ticket != told:
                     told = pause.ticket
-                    self._do(lambda: self._door.report(steps))
+                    self._do(partial(self._door.report, steps, told))
                 self._changed.wait(_KNOCK_S)
 
     def passed_step(self, steps: int) -> None:
@@ -292,9 +293,20 @@ class Warden:
 
         def command() -> None:
             self._door.over = True
-            self._door.report(OVER)
+            if self._door.pause is not None:
+                self._door.report(OVER, self._door.pause.ticket)
 
         self._do(command)
+
+    @property
+    def over(self) -> bool:
+        """Whether the job has ended for this rank."""
+        return self._over
+
+    @property
+    def door(self) -> str:
+        """When guests may come in, as far as this rank knows: see `Door`."""
+        return self._door.kind
 
     @property
     def contacts(self) -> dict[int, Address]:
@@ -741,7 +753,11 @@ class Warden:
         if view.facts.passed > self._passed:  # the last leader died before it could tell this rank
             self._passed_now(view.facts.passed, bytes.fromhex(view.facts.result))
         self._arrivals = {key: who for key, who in self._arrivals.items() if key[0] >= view.epoch}
-        self._wanted = [each for each in self._wanted if int(each[1]["epoch"]) >= view.epoch]
+        self._wanted = [  # guests do not hear of views
+            (sender, message)
+            for sender, message in self._wanted
+            if int(message["epoch"]) >= view.epoch or sender not in view.members
+        ]
         for rank in [rank for rank in self._links if rank not in view.members]:
             self._drop(self._links.pop(rank))
         self._door.reset()
@@ -873,7 +889,7 @@ class Warden:
                 continue
             if self._door.guests and here[members[0]][0] == self._door.kind:
                 self._door.open()
-                if self._agreement.changing:
+                if self._agreement.changing or self.view.epoch != epoch:
                     return  # they meet again, with the guests
             del self._arrivals[epoch, number]
             names = [here[rank][0] for rank in members]

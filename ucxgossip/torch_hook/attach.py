@@ -104,6 +104,7 @@ def attach(
         [(name, p) for name, p in model.named_parameters() if p.requires_grad], bucket_bytes
     )
     label = group.label(MODEL)
+    group.begin_model()
     late = group.agree("attach", _facts(model, modes, chosen, bucket_bytes), once=label)
     return Gossip(model, optimizer, group, modes, chosen, runs, scaler, label, late)
 

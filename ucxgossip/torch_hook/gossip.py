@@ -401,7 +401,7 @@ class Gossip:
 
     def _detach(self) -> None:
         self._snapshots.close()
-        self.group.end_model(self._clock)
+        self.group.end_model(self.label, self._clock)
         try:
             if not (self.group.failed or self.group.closed):
                 for _, shuffled in self._shuffled:

@@ -210,9 +210,9 @@ class Shuffled:
 
     def catch_up(self) -> None:
         """Take the epoch from the others, who are between two: this rank has just come in."""
-        for rank in self.group.others[:1]:
+        for rank in self.group.others:  # some may have come in with this one, and know no more
             found = self.group.fetch_from(rank, self._kind)
-            self._epoch = self._epoch if found is None else int(found)
+            self._epoch = self._epoch if found is None else max(self._epoch, int(found))
 
     def state_dict(self) -> dict[str, int]:
         """The epoch; one that was under way starts over when it is loaded."""

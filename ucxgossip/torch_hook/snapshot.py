@@ -1,8 +1,9 @@
 """The state of an attached model, for a rank that comes to a running job.
 
-The guest asks a member; its training thread makes the snapshot between two steps (a copy, no
-wait), and a thread puts it into the guest's memory (`ucxgossip.landing`). What travels in the
-clear over UCX is checked against a digest that came over the wardens' sealed connection.
+The guest asks a member; its training thread makes the snapshot between two steps, when the round
+just posted has ended, and a thread puts it into the guest's memory (`ucxgossip.landing`). What
+travels in the clear over UCX is checked against a digest that came over the wardens' sealed
+connection.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from ucxgossip import landing
 from ucxgossip.errors import ExchangeError, GossipError, RankMissingError
 from ucxgossip.group import Group, log
 
+_MOST = 4
+"""Snapshots that are kept until they are fetched."""
+
 
 class Snapshots:
     """What `make` gives, for guests that ask for the state of `label`."""
@@ -25,7 +29,7 @@ class Snapshots:
         self.group, self._make = group, make
         self._kind = "snapshot-" + label.replace(" ", "-")
         self._wanted: set[str] = set()
-        self._made: dict[str, bytes] = {}
+        self._made: dict[str, tuple[bytes, str]] = {}
         self._ends: dict[str, bytes] = {}
         self._closed = self._fetched = False
 
@@ -41,16 +45,16 @@ class Snapshots:
         if self._closed:
             return b"closed"
         if verb == "size":
-            data = self._made.get(nonce)
-            if data is None:
+            made = self._made.get(nonce)
+            if made is None:
                 self._wanted.add(nonce)
                 return None
-            digest = hashlib.sha256(data).hexdigest()
+            data, digest = made
             return json.dumps({"bytes": len(data), "sha256": digest}).encode()
-        data = self._made.pop(nonce, None)
-        if data is not None:
+        made = self._made.pop(nonce, None)
+        if made is not None:
             name = "ucxgossip-snapshot"
-            arguments = (nonce, where[0], data)
+            arguments = (nonce, where[0], made[0])
             threading.Thread(target=self._put, args=arguments, name=name, daemon=True).start()
         return self._ends.pop(nonce, None)
 
@@ -66,11 +70,16 @@ class Snapshots:
     def between_steps(self) -> None:
         """Make what guests wait for."""
         while self._wanted:
-            self._made[self._wanted.pop()] = self._make()
+            data = self._make()
+            while len(self._made) >= _MOST:  # of guests that never came for theirs
+                self._made.pop(next(iter(self._made)), None)
+            self._made[self._wanted.pop()] = data, hashlib.sha256(data).hexdigest()
 
     def close(self) -> None:
         """There will be no more steps."""
         self._closed = True
+        self._made.clear()
+        self._make = bytes  # the model goes with whoever made this
 
     # --- the guest's side ----------------------------------------------------------------------
 
