@@ -34,7 +34,7 @@ class Engines:
         chosen = {"NET_DEVICES": "lo", **(settings or {})}
         self.engines: list[Engine] = []
         self.boxes: list[Mailbox] = []
-        layout = Layout(nbytes, depth, tuning.chunk)
+        layout = Layout(nbytes, depth, tuning.chunk, ranks=ranks)
         try:
             for rank in range(ranks):
                 context = Context(transport, chosen, estimated_peers=ranks)
@@ -44,7 +44,7 @@ class Engines:
                     context.close()
                     raise
                 self.engines.append(engine)
-                self.boxes.append(Mailbox(context, layout, ranks))
+                self.boxes.append(Mailbox(context, layout))
                 engine.open(self.boxes[rank])
             for rank in range(ranks):
                 for other in range(ranks):

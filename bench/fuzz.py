@@ -30,7 +30,7 @@ from ucxgossip.board import Board
 from ucxgossip.engine import handlers
 from ucxgossip.engine import words as w
 from ucxgossip.errors import ArgumentError, BenchError, GossipError
-from ucxgossip.mailbox import CREDIT_WINDOW, MAX_ROUND, Layout, parse_description, signal_word
+from ucxgossip.mailbox import MAX_ROUND, Layout, parse_description, signal_word
 from ucxgossip.rendezvous import Rendezvous
 from ucxgossip.store import Solitary
 from ucxgossip.trust import Seal
@@ -47,6 +47,7 @@ _TOKEN = "the token of the fuzzed job"
 _GUARD = 4096
 _GUARD_BYTE = 0xA5
 _EPOCH = 3
+_RANKS = 5
 _LAYOUTS = (Layout(200, 3, 64), Layout(64, 1, 64), Layout(5000, 2, 1024))
 _BATCH = 20_000
 
@@ -227,7 +228,7 @@ class Arena:
         self.table = self.table.reshape(len(_LAYOUTS), w.MAILBOX_WORDS)
         self.credits, self.signals, self.slots = [], [], []
         for row, layout in zip(self.table, _LAYOUTS, strict=True):
-            credits = self._carve(8 * CREDIT_WINDOW).view(np.int64)
+            credits = self._carve(8 * _RANKS).view(np.int64)
             signals = self._carve(8 * layout.depth * layout.chunks).view(np.int64)
             slots = [self._carve(layout.nbytes) for _ in range(layout.depth)]
             stride = slots[-1].ctypes.data - slots[-2].ctypes.data if layout.depth > 1 else 0
@@ -240,7 +241,7 @@ class Arena:
             self.slots.append(slots)
         self.words[w.TABLE] = self.table.ctypes.data
         self.words[w.MAILBOXES] = len(_LAYOUTS)
-        self.words[w.EPOCH] = _EPOCH
+        self.words[w.EPOCH], self.words[w.RANKS] = _EPOCH, _RANKS
         self._fixed = self._unchanging()
 
     def _carve(self, nbytes: int) -> NDArray[np.uint8]:
@@ -265,10 +266,8 @@ class Arena:
         if not 0 <= self.words[w.UNSEEN] <= w.UNSEEN_MAX:
             return f"{self.words[w.UNSEEN]} bells are noted"
         for credits, signals in zip(self.credits, self.signals, strict=True):
-            places = np.arange(CREDIT_WINDOW)
-            held = credits[credits != 0] - 1
-            if not ((held & (CREDIT_WINDOW - 1)) == places[credits != 0]).all():
-                return "a credit stands in another's place"
+            if not ((credits >= 0) & (credits <= MAX_ROUND)).all():
+                return "a credit is out of range"
             if not (signals[signals != 0] >> 48 == _EPOCH).all():
                 return "a signal of another epoch was raised"
         return ""
@@ -280,7 +279,7 @@ def _storm(
 ) -> None:
     """Hand message after message to its handler, as UCX does; `header`, `payload`: addresses."""
     for i in range(len(idents)):
-        jit.copy_memory(header, headers + 40 * i, sizes[i])
+        jit.copy_memory(header, headers + w.CHECKED_HEADER_BYTES * i, sizes[i])
         if idents[i] == w.AM_DATA:
             handlers.on_data(engine, header, sizes[i], payload, lengths[i], 0)
         elif idents[i] == w.AM_CREDIT:
@@ -299,16 +298,17 @@ _EDGES = np.array(
 
 
 def _headers(count: int, draw: np.random.Generator) -> NDArray[np.int64]:
-    """Headers of five words: valid ones, of which most have fields replaced."""
+    """Headers of seven words: valid ones, of which most have fields replaced."""
     index = draw.integers(0, len(_LAYOUTS), count)
     chunks = np.array([layout.chunks for layout in _LAYOUTS])[index]
     number = draw.integers(0, 1 << draw.integers(1, 47, count))
-    fields = [index, number, draw.integers(0, chunks), np.full(count, _EPOCH), index]
+    fields = [index, number, draw.integers(0, chunks), np.full(count, _EPOCH)]
+    fields += [draw.integers(0, _RANKS, count), number // 2, index]
     headers = np.stack(fields, axis=1).astype(np.int64)
     junk = draw.integers(-(1 << 63), (1 << 63) - 1, headers.shape, endpoint=True)
     edges = draw.choice(_EDGES, headers.shape)
     flips = headers ^ (1 << draw.integers(0, 63, headers.shape))
-    which = draw.integers(0, 40, headers.shape)  # most fields stay
+    which = draw.integers(0, 56, headers.shape)  # most fields stay
     for kind, values in enumerate((junk, edges, flips)):
         headers = np.where(which == kind, values, headers)
     return np.ascontiguousarray(headers)
@@ -320,12 +320,14 @@ def messages(inputs: int, draw: random.Random, told: Callable[[str], None]) -> C
     taken = faults = 0
     longest = max(layout.nbytes for layout in _LAYOUTS) + 4096
     payload = numbers.integers(0, 256, longest, np.uint8)
-    place = np.zeros(48, np.uint8)  # UCX promises no alignment of a header
+    place = np.zeros(64, np.uint8)  # UCX promises no alignment of a header
     for start in range(0, inputs, _BATCH):
         count = min(_BATCH, inputs - start)
         headers = _headers(count, numbers)
         sizes = np.where(
-            numbers.random(count) < 0.9, w.HEADER_BYTES, numbers.integers(0, 41, count)
+            numbers.random(count) < 0.9,
+            w.HEADER_BYTES,
+            numbers.integers(0, w.CHECKED_HEADER_BYTES + 1, count),
         )
         idents = numbers.integers(0, 3, count)
         lengths = numbers.integers(0, 1 << numbers.integers(1, 14, count))
@@ -370,6 +372,10 @@ def _fitting(
         & (headers[:, 2] >= 0)
         & (headers[:, 2] < chunks)
         & (headers[:, 3] == _EPOCH)
+        & (headers[:, 4] >= 0)
+        & (headers[:, 4] < _RANKS)
+        & (headers[:, 5] >= 0)
+        & (headers[:, 5] <= MAX_ROUND)
         & ((idents != w.AM_DATA) | (lengths <= room))
     )
     return found

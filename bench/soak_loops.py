@@ -219,8 +219,7 @@ def _post(row: Any, plan: Any) -> None:
         0.5,
         row[PARAM],
         0,
-        sender if number < plan[DEPTH] else -1,
-        sender_of(plan, rank, number + plan[DEPTH]),
+        sender_of(plan, rank, number + max(min(plan[DEPTH], 2), plan[DEPTH] // 2)),
         1,
     )
 
@@ -262,7 +261,7 @@ def _drive(engine: Any, mailbox: Any, shared: bool) -> None:
         ops.progress(engine[w.WORKER])
     elif part <= 2 and jit.load_acquire(mailbox, w.STATE) == w.ACTIVE:
         floats = jit.view_float64(engine[w.FLOAT_TABLE], w.FLOATS)
-        rounds.advance(engine, mailbox, floats, part == 1 and rounds.may_put(mailbox))
+        rounds.advance(engine, mailbox, floats, part == 1 and rounds.may_put(engine, mailbox))
     else:
         drive.drive_once(engine)
 

@@ -14,7 +14,7 @@ removes a rule, to see that the search finds what the rule is for.
 What is checked, in every state:
 
 * a word that is mixed is that of the right rank, round and epoch: nothing torn, stale or foreign;
-* no slot is read once its credit was given, and none is written by one who has no credit for it;
+* no slot is read once the credit of its next round was given, and none is written without credit;
 * no word of a source has changed when the network reads it;
 * no endpoint is made to a rank whose put is half received ("Why the first rounds need a credit");
 * where no step is left, every round has ended; after a kill, whoever still waits waits for the
@@ -40,13 +40,12 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 IDLE, ACTIVE, LEFT, DEAD = range(4)
-NONE = -1
 
 RULES = {
     "order": "data before signal",
     "fence": "a fence between data and signal",
     "mix-then-credit": "the credit goes out when the slot has been mixed, not when its signal came",
-    "credit-by-round": "credits are kept by round, not by slot",
+    "largest": "of the credits of one rank the largest counts, not the last",
     "first-credit": "the first rounds wait for a credit, too",
     "sent": "the source belongs to the put until the put has left it",
     "round-in-word": "the signal word names the round",
@@ -55,6 +54,8 @@ RULES = {
     "new-region": "a new epoch has mailboxes of its own",
     "bell": "a bell follows each signal where a put wakes nobody",
     "unseen": "nobody sleeps while a bell's signal is not visible",
+    "doze": "the doze word is raised before a rank looks for the last time and sleeps",
+    "look": "whoever stores looks at the doze word when the store is in place",
 }
 """What `Model.without` can remove."""
 
@@ -65,10 +66,12 @@ class Model:
 
     words: of each chunk; with two of them, a torn chunk is a state of its own. way: ``"put"`` (a
     network: data, fence, signal), ``"store"`` (shared memory: words are stored by the sender, in
-    any order up to the release) or ``"message"`` (a small round in one active message). sleeping:
-    ranks with nothing to do sleep until a message comes, puts wake nobody (RDMA). failure:
-    ``"kill"`` (the last rank dies at some time) or ``"suspect"`` (it is taken for dead and lives
-    on). regroup: the survivors of either begin a new epoch. without: rules of `RULES` removed.
+    any order up to the release) or ``"message"`` (a small round in one active message, on which a
+    credit rides). sleeping: ranks with nothing to do sleep until a message comes; puts wake nobody
+    (RDMA, where a bell follows each; stores, where it does if the target's doze word is up).
+    failure: ``"kill"`` (the last rank dies at some time) or ``"suspect"`` (it is taken for dead and
+    lives on). regroup: the survivors of either begin a new epoch. without: rules of `RULES`
+    removed.
     """
 
     size: int = 2
@@ -81,6 +84,11 @@ class Model:
     failure: str = ""
     regroup: bool = False
     without: frozenset[str] = frozenset()
+
+    @property
+    def ahead(self) -> int:
+        """As `Layout.ahead`."""
+        return max(min(self.depth, 2), self.depth // 2)
 
     @property
     def victim(self) -> int:
@@ -110,7 +118,8 @@ class Model:
             steps.reverse()
         if "fence" in self.without:
             steps.remove("fence")
-        return (*steps, "bell") if self.sleeping and "bell" not in self.without else tuple(steps)
+        bell = "look" if self.way == "store" else "bell"
+        return (*steps, bell) if self.sleeping and "bell" not in self.without else tuple(steps)
 
     def word(self, epoch: int, number: int) -> tuple[int, int]:
         """The signal word; without its parts if those rules are removed."""
@@ -127,21 +136,23 @@ class Rank(NamedTuple):
     epoch: int
     base: int  # first round of this epoch
     round: int  # under way, or the next one
-    granting: bool = False  # GRANT_NOW is still to do
     credited: bool = False  # NEED_CREDIT is over
     put: int = 0  # steps of putting done, all chunks
     sent: int = 0  # chunks that have left
     saw: bool = False  # the signal of the chunk to mix has been seen
     mixed: int = 0  # words mixed, all chunks
-    granted: bool = False  # the credit of round + depth is out
-    credits: frozenset[int] = frozenset()
+    credits: tuple[int, ...] = ()  # by rank: rounds below may be put to it
+    told: tuple[int, ...] = ()  # what was said to each rank
+    looks: frozenset[int] = frozenset()  # whose doze word to look at, after a credit was stored
     endpoints: frozenset[int] = frozenset()
+    doze: bool = False
+    tired: bool = False  # it has looked, and will raise its doze word and sleep (without "doze")
     asleep: bool = False
     unseen: frozenset[tuple[int, int]] = frozenset()  # bells whose signal was not there
 
 
 class Region(NamedTuple):
-    """A rank's mailbox: what stands in each word of each slot, and who may write there.
+    """A rank's mailbox: what stands in each word of each slot.
 
     A word holds (rank, round, epoch) of the payload that it is part of.
     """
@@ -149,7 +160,6 @@ class Region(NamedTuple):
     epoch: int
     slots: tuple[tuple[int, int, int] | None, ...]
     signals: tuple[tuple[int, int] | None, ...]
-    writable: tuple[int, ...]  # the round whose writer has the credit of this slot
 
 
 class Put(NamedTuple):
@@ -164,7 +174,10 @@ class Put(NamedTuple):
 
 
 class Message(NamedTuple):
-    """An active message under way. read: whether its payload has been read at the source."""
+    """An active message under way, or a credit that is stored (which wakes nobody).
+
+    read: whether its payload has been read at the source. credit: rounds below may be put.
+    """
 
     kind: str
     epoch: int
@@ -173,6 +186,7 @@ class Message(NamedTuple):
     round: int
     chunk: int = 0
     read: bool = True
+    credit: int = 0
 
 
 FENCE = None
@@ -195,7 +209,7 @@ Step = tuple[str, State, str]
 def start(model: Model) -> State:
     """Nothing has happened yet."""
     return State(
-        tuple(Rank(IDLE, 0, 0, 0) for _ in range(model.size)),
+        tuple(new_rank(model, 0, 0) for _ in range(model.size)),
         tuple(empty_region(model, 0) for _ in range(model.size)),
         ((),) * model.size**2,
         frozenset(),
@@ -203,12 +217,17 @@ def start(model: Model) -> State:
     )
 
 
+def new_rank(model: Model, epoch: int, base: int) -> Rank:
+    """A rank that is new in an epoch: nobody has given it a credit, nor it one to anybody."""
+    nothing = (0,) * model.size
+    return Rank(IDLE, epoch, base, base, credits=nothing, told=nothing)
+
+
 def empty_region(model: Model, epoch: int) -> Region:
     return Region(
         epoch,
         (None,) * (model.depth * model.chunks * model.words),
         (None,) * (model.depth * model.chunks),
-        (NONE,) * model.depth,
     )
 
 
@@ -235,16 +254,47 @@ def sending(state: State, message: Message) -> State:
 # --- what a rank does --------------------------------------------------------------------------
 
 
-def granting(model: Model, state: State, rank: int, number: int) -> State:
-    """The credit of round `number` goes to whoever writes it; from now on that one may."""
+def opened(model: Model, me: Rank, rank: int, number: int) -> bool:
+    """Whether the writer of round `number` of `rank` was told that it may put it."""
+    return me.told[model.sender(me.epoch, rank, number)] > number
+
+
+def telling(state: State, rank: int, target: int, credit: int) -> State:
+    """From now on `target` may put all rounds below `credit`."""
+    told = state.ranks[rank].told
+    return with_rank(state, rank, told=replaced(told, target, max(told[target], credit)))
+
+
+def granting(model: Model, state: State, rank: int, number: int, ended: int) -> Iterator[Step]:
+    """Whoever writes round `number` gets a credit for it, if none has gone out; all rounds below
+    `ended` have ended."""
     me = state.ranks[rank]
-    target = model.sender(me.epoch, rank, number)
-    region = state.regions[rank]
-    writable = replaced(region.writable, number % model.depth, number)
-    state = state._replace(
-        regions=replaced(state.regions, rank, region._replace(writable=writable))
-    )
-    return sending(state, Message("credit", me.epoch, rank, target, number))
+    # Credits that nobody will use are left out: they only multiply the states.
+    if opened(model, me, rank, number) or number >= model.rounds:
+        return
+    target, credit = model.sender(me.epoch, rank, number), ended + model.depth
+    after = telling(state, rank, target, credit)
+    if model.way == "store":
+        after = sending(after, Message("store", me.epoch, rank, target, 0, credit=credit))
+        if model.sleeping and "bell" not in model.without:
+            after = with_rank(after, rank, looks=me.looks | {target})
+    else:
+        after = sending(after, Message("credit", me.epoch, rank, target, 0, credit=credit))
+    yield f"{rank}: credit {credit} for {target}", after, ""
+
+
+def looking(model: Model, state: State, rank: int) -> Iterator[Step]:
+    """After a credit was stored: wake its owner, if that one dozes."""
+    me = state.ranks[rank]
+    for target in me.looks:
+        stored = [m for m in state.messages if (m.source, m.target) == (rank, target)]
+        if "look" not in model.without and any(m.kind == "store" for m in stored):
+            continue
+        after = with_rank(state, rank, looks=me.looks - {target})
+        if state.ranks[target].doze:
+            credit = me.told[target]
+            after = sending(after, Message("credit", me.epoch, rank, target, 0, credit=credit))
+        yield f"{rank}: look whether {target} dozes", after, ""
 
 
 def begin(model: Model, state: State, rank: int) -> Iterator[Step]:
@@ -256,7 +306,7 @@ def begin(model: Model, state: State, rank: int) -> Iterator[Step]:
     for other in (
         model.to(me.epoch, rank, n),
         model.sender(me.epoch, rank, n),
-        model.sender(me.epoch, rank, n + model.depth),
+        model.sender(me.epoch, rank, n + model.ahead),
     ):
         if other not in me.endpoints:
             half = any(
@@ -274,14 +324,11 @@ def begin(model: Model, state: State, rank: int) -> Iterator[Step]:
             state,
             rank,
             state=ACTIVE,
-            granting=first,
             credited=first and "first-credit" in model.without,
             put=0,
             sent=0,
             saw=False,
             mixed=0,
-            granted=False,
-            credits=frozenset(each for each in me.credits if each >= n),
         ),
         "",
     )
@@ -293,7 +340,7 @@ def putting(model: Model, state: State, rank: int) -> Iterator[Step]:
     steps = model.put_steps()
     chunk, step = divmod(me.put, len(steps))
     if not me.credited:
-        if me.round in me.credits:
+        if me.credits[model.to(me.epoch, rank, me.round)] > me.round:
             yield f"{rank}: see credit of {me.round}", with_rank(state, rank, credited=True), ""
         return
     if chunk == model.chunks:
@@ -311,10 +358,18 @@ def putting(model: Model, state: State, rank: int) -> Iterator[Step]:
         after = with_queue(after, place, (*queue, FENCE))
     elif what == "signal":
         after = with_queue(after, place, (*queue, Put(me.epoch, n, chunk, ())))
+    elif what == "look":
+        if "look" not in model.without and queue:
+            return  # a full fence: the signal is in place first
+        if state.ranks[to].doze:
+            after = sending(after, Message("bell", me.epoch, rank, to, n, chunk))
     elif what == "bell":
         after = sending(after, Message("bell", me.epoch, rank, to, n, chunk))
     else:
-        after = sending(after, Message("data", me.epoch, rank, to, n, chunk, read=False))
+        credit = n + model.depth
+        after = telling(after, rank, to, credit)
+        message = Message("data", me.epoch, rank, to, n, chunk, read=False, credit=credit)
+        after = sending(after, message)
     yield f"{rank}: {what} of chunk {chunk}, round {n}", after, ""
 
 
@@ -351,21 +406,20 @@ def mixing(model: Model, state: State, rank: int) -> Iterator[Step]:
     fault = ""
     if found != expected:
         fault = f"rank {rank} mixed {found} where {expected} (rank, round, epoch) was due"
-    elif region.writable[slot] != n:
+    elif opened(model, me, rank, n + model.depth):
         fault = f"rank {rank} read slot {slot} after its credit was given"
     yield f"{rank}: mix word {word} of chunk {chunk}, round {n}", after, fault
 
 
 def ending(model: Model, state: State, rank: int) -> Iterator[Step]:
-    """The credit for the slot's next round, then the end of this one."""
+    """The credit for whoever puts `ahead` rounds later, then the end of this one."""
     me = state.ranks[rank]
-    n, following = me.round, me.round + model.depth
+    n = me.round
     done = me.sent == model.chunks and me.mixed == model.chunks * model.words
     early = "mix-then-credit" in model.without and me.saw
-    # Credits that nobody will use are left out: they only multiply the states.
-    if not me.granted and (done or early) and following < model.rounds:
-        after = with_rank(granting(model, state, rank, following), rank, granted=True)
-        yield f"{rank}: credit {following}", after, ""
+    granted = list(granting(model, state, rank, n + model.ahead, n + 1)) if done or early else []
+    if granted:
+        yield from granted
     elif done:
         after = with_rank(state, rank, state=IDLE, round=n + 1, credited=False)
         yield f"{rank}: round {n} ends", after, ""
@@ -374,12 +428,14 @@ def ending(model: Model, state: State, rank: int) -> Iterator[Step]:
 def rank_steps(model: Model, state: State, rank: int) -> Iterator[Step]:
     """All that `rank` can do next."""
     me = state.ranks[rank]
-    if me.state == IDLE:
+    if me.looks:
+        yield from looking(model, state, rank)
+    elif me.state == IDLE:
         yield from begin(model, state, rank)
     elif me.state == ACTIVE:
-        if me.granting:
-            after = with_rank(granting(model, state, rank, me.round), rank, granting=False)
-            yield f"{rank}: credit {me.round}", after, ""
+        first = list(granting(model, state, rank, me.round, me.round))
+        if first:
+            yield from first
             return
         yield from putting(model, state, rank)
         if me.sent < model.chunks and has_left(model, state, rank, me.sent):
@@ -389,8 +445,19 @@ def rank_steps(model: Model, state: State, rank: int) -> Iterator[Step]:
 
 
 def sleep_step(model: Model, state: State, rank: int) -> Iterator[Step]:
-    """A rank that finds nothing to do sleeps, unless a bell's signal is yet to come."""
+    """A rank that finds nothing to do sleeps, unless a bell's signal is yet to come.
+
+    Where others store, it raises its doze word and looks once more before.
+    """
     me = state.ranks[rank]
+    steps = model.put_steps()
+    if me.looks or (me.state == ACTIVE and me.put and steps[me.put % len(steps)] == "look"):
+        return  # in the middle of a step, at the fence before it looks
+    if model.way == "store" and not me.doze and me.state == ACTIVE:
+        late = "doze" in model.without
+        after = with_rank(state, rank, doze=not late, tired=late)
+        yield f"{rank}: {'will doze' if late else 'doze'}", after, ""
+        return
     unseen = frozenset(bell for bell in me.unseen if not visible(model, state, rank, *bell))
     if me.state == ACTIVE and (not unseen or "unseen" in model.without):
         yield f"{rank}: sleep", with_rank(state, rank, asleep=True, unseen=frozenset()), ""
@@ -425,7 +492,10 @@ def written(
             slots = replaced(slots, place * model.words + each, payload)
         if region.epoch != put.epoch:
             fault = f"rank {source} of epoch {put.epoch} wrote into a mailbox of {region.epoch}"
-        elif region.writable[slot] != put.round and "first-credit" not in model.without:
+        elif "first-credit" not in model.without and (
+            not opened(model, state.ranks[target], target, put.round)
+            or opened(model, state.ranks[target], target, put.round + model.depth)
+        ):
             fault = f"rank {source} wrote round {put.round} into slot {slot} without its credit"
         region = region._replace(slots=slots)
     return state._replace(regions=replaced(state.regions, target, region)), fault
@@ -491,12 +561,17 @@ def delivered(model: Model, state: State, message: Message) -> tuple[State, str]
     state = state._replace(messages=state.messages - {message})
     if message.epoch != me.epoch and "epoch" not in model.without:
         return state, ""  # counted and dropped
+    if message.credit:
+        credit = message.credit
+        if "largest" not in model.without:
+            credit = max(credit, me.credits[message.source])
+        credits = replaced(me.credits, message.source, credit)
+        state = with_rank(state, target, credits=credits)
+    if message.kind == "store":
+        return state, ""
     state = with_rank(state, target, asleep=False)
     if message.kind == "credit":
-        kept = me.credits
-        if "credit-by-round" in model.without:
-            kept = frozenset(each for each in kept if (each - n) % model.depth)
-        return with_rank(state, target, credits=kept | {n}), ""
+        return state, ""
     if message.kind == "bell":
         if visible(model, state, target, n, chunk):
             return state, ""
@@ -510,7 +585,8 @@ def message_steps(model: Model, state: State) -> Iterator[Step]:
     """An active message's payload is read, or it is handled."""
     for message in sorted(state.messages):  # sets of words have another order in each process
         target = message.target
-        what = f"{message.kind} {message.round} from {message.source} to {message.target}"
+        number = message.credit if message.kind in ("credit", "store") else message.round
+        what = f"{message.kind} {number} from {message.source} to {message.target}"
         if not message.read:
             if state.ranks[message.source].state == DEAD:
                 continue
@@ -520,7 +596,7 @@ def message_steps(model: Model, state: State) -> Iterator[Step]:
             after = sending(after, message._replace(read=True))
             after = with_rank(after, message.source, asleep=False)
             yield f"{what} leaves", after, "" if intact else f"the source of {what} has changed"
-        elif reachable(model, state, target, message.epoch, stored=False):
+        elif reachable(model, state, target, message.epoch, message.kind == "store"):
             after, fault = delivered(model, state, message)
             yield f"{what} is handled", after, fault
 
@@ -531,7 +607,8 @@ def message_steps(model: Model, state: State) -> Iterator[Step]:
 def cut_off(state: State, rank: int, model: Model) -> State:
     """The connections of `rank` are gone, with all that was under way on them.
 
-    Stores into shared memory are no messages: they are seen in the end.
+    Stores into shared memory are no messages: they are seen in the end. (A credit that was stored
+    is in the old region, which nobody reads any more.)
     """
     if model.way != "store":
         queues = tuple(
@@ -577,9 +654,9 @@ def failure_steps(model: Model, state: State) -> Iterator[Step]:
             region = state.regions[rank]
             if "new-region" not in model.without:
                 region = empty_region(model, 1)
-            region = region._replace(epoch=1, writable=(NONE,) * model.depth)
+            region = region._replace(epoch=1)
             after = state._replace(
-                ranks=replaced(state.ranks, rank, Rank(IDLE, 1, base, base)),
+                ranks=replaced(state.ranks, rank, new_rank(model, 1, base)),
                 regions=replaced(state.regions, rank, region),
             )
             yield f"{rank}: enter epoch 1 at round {base}", after, ""
@@ -594,7 +671,13 @@ def steps(model: Model, state: State) -> list[Step]:
     for rank, me in enumerate(state.ranks):
         if me.asleep:
             continue
-        own = list(rank_steps(model, state, rank))
+        own = [] if me.tired else list(rank_steps(model, state, rank))
+        if own and me.doze:  # whoever moves dozes no more
+            own = [(name, with_rank(after, rank, doze=False), fault) for name, after, fault in own]
+        if me.tired:
+            own = [
+                (f"{rank}: sleep", with_rank(state, rank, tired=False, doze=True, asleep=True), "")
+            ]
         found += own if own or not model.sleeping else sleep_step(model, state, rank)
     for source in range(model.size):
         for target in range(model.size):
@@ -699,7 +782,7 @@ CASES: dict[str, Model] = {
     "two slots of two chunks": Model(rounds=3, depth=2, chunks=2, words=1),
     "stores": Model(rounds=4, depth=2, way="store"),
     "stores, two chunks": Model(rounds=2, chunks=2, way="store"),
-    "messages": Model(rounds=6, depth=2, way="message"),
+    "messages": Model(rounds=4, depth=2, way="message"),
     "three ranks": Model(size=3, rounds=3, words=1),
     "three ranks, stores": Model(size=3, rounds=3, words=1, way="store"),
     "three ranks, messages": Model(size=3, rounds=4, words=1, way="message"),

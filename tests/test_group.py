@@ -57,6 +57,54 @@ def test_exchange_follows_the_schedule(
         np.testing.assert_array_equal(array, expected[rank])
 
 
+@pytest.mark.parametrize(("size", "count"), [(2, 2), (2, 20_000), (3, 2), (8, 100)])
+def test_many_rounds_in_a_row(
+    job: Callable[..., list[Any]], transport: str, size: int, count: int
+) -> None:
+    """More than are foreseen at a time, of two arrays in turn, each with its own mailbox."""
+    schedule, steps = Rotated(Dissemination(size), seed=7), 600
+    start = np.random.default_rng(0).standard_normal((2, size, count))
+
+    def body(group: ug.Group) -> list[np.ndarray]:
+        arrays = [start[0, group.rank].copy(), start[1, group.rank].copy()]
+        boxes = [group.mailbox(arrays[0].nbytes), group.mailbox(arrays[1].nbytes, depth=2)]
+        for step in range(steps):
+            which = step // 7 % 2 if step < 300 else 0
+            group.exchange(arrays[which], schedule=schedule, mailbox=boxes[which])
+        return arrays
+
+    expected, numbers = start.copy(), [0, 0]
+    for step in range(steps):
+        which = step // 7 % 2 if step < 300 else 0
+        number, numbers[which] = numbers[which], numbers[which] + 1
+        senders = [schedule.round(rank, number).sender for rank in range(size)]
+        values = expected[which]
+        expected[which] = values + 0.5 * (values[senders] - values)
+    for rank, arrays in enumerate(job(size, body, transport)):
+        for which in (0, 1):
+            np.testing.assert_array_equal(arrays[which], expected[which, rank])
+
+
+def test_what_is_not_finite_in_a_round_that_was_foreseen(
+    job: Callable[..., list[Any]], transport: str
+) -> None:
+    def body(group: ug.Group) -> tuple[dict[int, int], np.ndarray]:
+        array = np.full(4, float(group.rank))
+        for number in range(40):
+            if number == 30 and group.rank == 0:
+                array[1] = np.nan
+            group.exchange(array)
+        before = group.nonfinite
+        with pytest.raises(errors.NonFiniteError):
+            for _ in range(2):
+                group.exchange(array, nonfinite="raise")
+        return before, array
+
+    for rank, (found, array) in enumerate(job(2, body, transport)):
+        assert found == {0: 10}
+        assert np.isnan(array).tolist() == [False, rank == 0, False, False]
+
+
 def test_exchange_without_mixing_returns_what_came(
     job: Callable[..., list[Any]], transport: str
 ) -> None:

@@ -57,9 +57,8 @@ class Duel:
         array[:] = self.own(rank, number)
         box = self.made.boxes[rank]
         address = array.ctypes.data
-        first = number < box.layout.depth
         what = Post(address, address, self.nbytes, other, other, w.MIX_FLOAT64)
-        what = what._replace(grant_now=other if first else -1, grant_next=other)
+        what = what._replace(next_writer=other)
         self.made.engines[rank].post(box, what, kick=False)
         self.posted[rank] += 1
 
@@ -84,7 +83,7 @@ class Duel:
         elif how == HANDLE:
             ops.progress(int(engine.words[w.WORKER]))
         elif row[w.STATE] == w.ACTIVE:
-            turn = how == MOVE_AND_PUT and rounds.may_put(row)
+            turn = how == MOVE_AND_PUT and rounds.may_put(engine.words, row)
             rounds.advance(engine.words, row, engine.floats[0], bool(turn))
         for each in (0, 1):
             if each != self.gone:
@@ -103,11 +102,8 @@ class Duel:
         put, sent, mixed, parts = (int(row[i]) for i in (w.PUT, w.SENT, w.MIXED, w.PARTS))
         assert mixed <= sent <= put <= parts
         if put:
-            opened = self.posted[other] > number or (
-                # Its last round has ended, and with it the credit for this one went out.
-                number >= box.layout.depth and self.finished(other) > number - box.layout.depth
-            )
-            assert opened, "put without credit"
+            opened = self.finished(other) + box.layout.depth if self.posted[other] else 0
+            assert number < opened, "put without credit"
         own, due = self.own(rank, number), self.own(other, number)
         edge = min(mixed * CHUNK, self.nbytes) // 8
         values = self.payload(rank)
@@ -256,7 +252,7 @@ def test_a_broken_promise_is_noticed(transport: str, rule: str) -> None:
         duel = Duel(made, 320)
         duel.post(0)
         if rule == "credit":
-            made.boxes[0].credits[:] = np.arange(len(made.boxes[0].credits)) + 1
+            made.boxes[0].credits[:] = 1 << 40
             complaint = "put without credit"
         else:
             signals = made.boxes[0].layout.signals

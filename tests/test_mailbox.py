@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from ucxgossip.errors import ArgumentError
 from ucxgossip.mailbox import (
     ALIGNMENT,
-    CREDIT_WINDOW,
     GUARD,
     GUARD_BYTE,
+    MAX_DEPTH,
     MAX_ROUND,
     SIGNAL_RING,
     Layout,
@@ -31,6 +31,7 @@ layouts = st.builds(
     depth=st.integers(1, 64),
     chunk=st.integers(1, 1 << 22).map(lambda words: 8 * words) | st.just(8),
     verify=st.booleans(),
+    ranks=st.integers(1, 2000),
 )
 some = settings(max_examples=100, deadline=None)
 
@@ -48,6 +49,8 @@ def parts(layout: Layout) -> list[tuple[int, int]]:
         *((start, start + layout.nbytes) for start in starts),
         (layout.signals, layout.signals + words),
         (layout.outgoing, layout.outgoing + ring),
+        (layout.credits, layout.credits + 8 * layout.ranks),
+        (layout.doze, layout.doze + 8),
         *(checks if layout.verify else []),
     ]
 
@@ -75,24 +78,32 @@ def test_chunks_cover_the_payload(layout: Layout) -> None:
 @some
 @given(layouts)
 def test_memory_is_depth_times_the_payload(layout: Layout) -> None:
-    """Beyond that: a word a chunk, a ring of words, a guard and rounding for each part.
+    """Beyond that: a word a chunk, a ring of words, a word a rank, and a guard and rounding a part.
 
     With checksums another word a chunk, and a ring of words for each chunk.
     """
     extra = layout.total - layout.depth * (layout.nbytes + 8 * layout.chunks) - 8 * SIGNAL_RING
+    extra -= 8 * layout.ranks + 8
     if layout.verify:
         extra -= 8 * layout.chunks * (layout.depth + SIGNAL_RING)
-    assert 0 < extra <= (layout.depth + 5) * (GUARD + ALIGNMENT)
+    assert 0 < extra <= (layout.depth + 7) * (GUARD + ALIGNMENT)
 
 
 def test_layout_by_hand() -> None:
     layout = Layout(nbytes=100, depth=2, chunk=32)
     assert layout.chunks == 4
-    assert parts(layout) == [(64, 164), (256, 356), (448, 512), (576, 1088)]
-    assert layout.total == 1152
+    assert parts(layout) == [
+        (64, 164),
+        (256, 356),
+        (448, 512),
+        (576, 1088),
+        (1152, 1168),
+        (1280, 1288),
+    ]
+    assert layout.total == 1408
 
 
-@pytest.mark.parametrize("name", ["nbytes", "depth", "chunk"])
+@pytest.mark.parametrize("name", ["nbytes", "depth", "chunk", "ranks"])
 @pytest.mark.parametrize("value", [0, -8, 8.5, "8", None])
 def test_bad_layout(name: str, value: Any) -> None:
     with pytest.raises(ArgumentError, match=f"mailbox: {name} is {value!r}"):
@@ -105,8 +116,8 @@ def test_chunk_of_broken_words(chunk: int) -> None:
         Layout(64, 2, chunk)
 
 
-def test_depth_beyond_the_credit_window() -> None:
-    limit = CREDIT_WINDOW // 4
+def test_depth_beyond_the_limit() -> None:
+    limit = MAX_DEPTH
     assert Layout(8, limit, 8).depth == limit
     with pytest.raises(ArgumentError, match=f"depth is {limit + 1}; at most {limit}"):
         Layout(8, limit + 1, 8)
@@ -143,19 +154,19 @@ def context() -> Iterator[Context]:
 
 
 SHAPES = [
-    Layout(100, 2, 32),
-    Layout(1, 1, 8),
-    Layout(64, 3, 64),
-    Layout(4097, 4, 1024),
-    Layout(100, 2, 32, verify=True),
-    Layout(4097, 4, 1024, verify=True),
+    Layout(100, 2, 32, ranks=4),
+    Layout(1, 1, 8, ranks=4),
+    Layout(64, 3, 64, ranks=9),
+    Layout(4097, 4, 1024, ranks=4),
+    Layout(100, 2, 32, verify=True, ranks=4),
+    Layout(4097, 4, 1024, verify=True, ranks=4),
 ]
 shapes = pytest.mark.parametrize("layout", SHAPES, ids=str)
 
 
 @pytest.fixture
 def mailbox(context: Context, layout: Layout) -> Iterator[Mailbox]:
-    made = Mailbox(context, layout, size=4)
+    made = Mailbox(context, layout)
     yield made
     made.close()
 
@@ -223,8 +234,8 @@ def test_description_of_a_length_that_cannot_be(length: int) -> None:
 
 
 def test_description_of_another_layout() -> None:
-    blob = (4096).to_bytes(8, "little") + (1153).to_bytes(8, "little") + b"key"
-    with pytest.raises(ArgumentError, match="rank 5 has a mailbox of 1153 bytes .* has 1152"):
+    blob = (4096).to_bytes(8, "little") + (1409).to_bytes(8, "little") + b"key"
+    with pytest.raises(ArgumentError, match="rank 5 has a mailbox of 1409 bytes .* has 1408"):
         parse_description(blob, Layout(100, 2, 32), rank=5)
     blob = (4096).to_bytes(8, "little") + (1152).to_bytes(8, "little") + b"key"
     assert parse_description(blob, Layout(100, 2, 32), rank=5) == (4096, b"key")

@@ -20,6 +20,7 @@ from ucxgossip.schedule import (
     GlobalAverage,
     Hierarchical,
     Hypercube,
+    Living,
     RandomMatching,
     Ring,
     Rotated,
@@ -28,6 +29,7 @@ from ucxgossip.schedule import (
     Strided,
     check_rounds,
     endless,
+    many,
     repeats,
 )
 from ucxgossip.schedule.check import RANKS, STEPS
@@ -40,6 +42,35 @@ few = settings(max_examples=30, deadline=None)
 
 def rounds(schedule: Schedule, step: int) -> list[Round]:
     return [schedule.round(rank, step) for rank in range(schedule.size)]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        *(Dissemination(size) for size in (1, 2, 3, 8, 13)),
+        *(Ring(size) for size in (1, 2, 5)),
+        *(Rotated(Dissemination(size), seed=4) for size in (1, 2, 5, 8, 100)),
+        Rotated(BaseTwo(12), seed=1),
+        RandomMatching(7, seed=2),
+        GlobalAverage(6),
+        Hypercube(8),
+        Living(Rotated(Dissemination(8), seed=0), [0, 2, 3, 6, 7]),
+        Living(Rotated(Dissemination(8), seed=0), range(8)),
+        Living(RandomMatching(6, seed=0), [1, 2, 5]),
+    ],
+    ids=lambda each: each.describe(),
+)
+def test_many_rounds_are_the_rounds(made: Schedule) -> None:
+    ranks = np.repeat(np.arange(made.size), 200)
+    steps = np.tile(np.arange(200), made.size)
+    to, sender, weights = many(made, ranks, steps)
+    for found in zip(ranks, steps, to, sender, weights, strict=True):
+        part = made.round(int(found[0]), int(found[1]))
+        assert found[2:] == (
+            -1 if part.to is None else part.to,
+            -1 if part.sender is None else part.sender,
+            part.weight,
+        )
 
 
 def is_partial_permutation(parts: list[Round]) -> bool:

@@ -20,7 +20,6 @@ from ucxgossip.engine import Post, channel
 from ucxgossip.engine import words as w
 from ucxgossip.errors import ArgumentError, ExchangeTimeoutError
 from ucxgossip.group import Group
-from ucxgossip.mailbox import CREDIT_WINDOW
 
 
 class Channel:
@@ -55,8 +54,7 @@ class Channel:
         if self.to is not None:
             self.group.reach(self.to, self.mailbox)
         if self.sender is not None and self.group.reach(self.sender, self.mailbox):
-            for number in range(self.taken, self.taken + self.mailbox.layout.depth):
-                self.group.grant(self.mailbox, self.sender, number)
+            self._grant()
 
     def follow(self, to: int | None, sender: int | None) -> None:
         """Begin anew after a change of members: what was not read is lost (`Group.left_behind`)."""
@@ -87,7 +85,7 @@ class Channel:
         return self._credited(self.mailbox.round)
 
     def _credited(self, number: int) -> bool:
-        return int(self.mailbox.credits[number & (CREDIT_WINDOW - 1)]) == number + 1
+        return self.to is not None and int(self.mailbox.credits[self.to]) > number
 
     def put(self, source: Buffer) -> None:
         """Put one message; call it only when `free`, and leave the source alone while `busy`."""
@@ -130,9 +128,13 @@ class Channel:
         """Give the slot of the oldest message back to the sender."""
         if self.sender is None:
             raise ArgumentError("nobody puts into this channel here; it has no `sender`")
-        following = self.taken + self.mailbox.layout.depth
         self.taken += 1
-        self.group.grant(self.mailbox, self.sender, following)
+        self._grant()
+
+    def _grant(self) -> None:
+        """Tell the sender how far it may go."""
+        assert self.sender is not None
+        self.group.grant(self.mailbox, self.sender, self.taken + self.mailbox.layout.depth)
 
     def wait_sent(self) -> None:
         """Wait until the last put has left its source, or was broken off."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import mmap
+import operator
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,8 +26,9 @@ from numpy.typing import NDArray
 
 from ucxgossip import forks, running
 from ucxgossip.buffer import Buffer
-from ucxgossip.engine import Engine, Post, Tuning, rounds
+from ucxgossip.engine import Engine, Post, Tuning, itinerary, rounds
 from ucxgossip.engine import words as w
+from ucxgossip.engine.itinerary import Itinerary
 from ucxgossip.errors import (
     ArgumentError,
     ArrayError,
@@ -44,7 +46,7 @@ from ucxgossip.meetings import JobGoneError
 from ucxgossip.partners import Partners
 from ucxgossip.quarantine import Quarantine, check_policy
 from ucxgossip.rendezvous import Rendezvous
-from ucxgossip.schedule import ALONE, Dissemination, Rotated, Round, Schedule
+from ucxgossip.schedule import ALONE, Dissemination, Rotated, Round, Schedule, many
 from ucxgossip.store import Place, Solitary, Store, open_store
 from ucxgossip.trust import find_token, new_token
 from ucxgossip.ucp import ops
@@ -52,13 +54,15 @@ from ucxgossip.ucp.context import TRANSPORTS, Context
 from ucxgossip.ucp.lib import status_name
 from ucxgossip.ucp.memory import MemoryRegion
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised whenever ranks of different releases could not work together."""
 
 DEFAULT_TIMEOUT = 300.0
 DEAD_AFTER = 3.0
 _SLICE = 1.0
 _LOOK_S = 0.2
+_SLICE_NS = 250_000_000
+_FORESEEN = 256
 _GOODBYE = 3.0
 
 log = logging.getLogger("ucxgossip")
@@ -275,11 +279,11 @@ class Group(Partners):
 
         source goes to ``this.to``; what ``this.sender`` puts is taken into target: ``"mix"``, or
         ``"copy"``, or ``"delta"`` (target becomes what mixing would add to it). ahead: the
-        mailbox's round `depth` later, if it is known: its sender gets its credit as soon as the
-        slot is free, and may then put before this rank posts. Without it the credit goes out when
-        that round is posted. All rounds of one mailbox are of one kind. whole: chunks that hold a
-        NaN or an infinity are left out: their part of target stays, or as a ``"delta"`` becomes
-        zeros, and `left_out` counts them.
+        mailbox's round `Layout.ahead` later, if it is known: its sender gets its credit as soon as
+        the slot is free, and may then put before this rank posts. Without it the credit goes out
+        when that round is posted, if none has gone out before. All rounds of one mailbox are of
+        one kind. whole: chunks that hold a NaN or an infinity are left out: their part of target
+        stays, or as a ``"delta"`` becomes zeros, and `left_out` counts them.
 
         Returns `this`; None where the members have changed and the others have passed this round
         already, so that it is left out.
@@ -349,28 +353,63 @@ class Group(Partners):
         kick: bool,
         whole: bool,
     ) -> None:
-        # The slots of the first rounds are free, but their writers are told so like all others:
-        # whoever holds a credit knows that the grantor's endpoint to it exists (docs/protocol.md).
-        early = ahead is not None and mailbox.round >= mailbox.base + mailbox.layout.depth
-        self.engine.post(
-            mailbox,
-            Post(
-                source=source.address,
-                target=target.address,
-                nbytes=source.nbytes,
-                to=-1 if this.to is None else this.to,
-                sender=-1 if this.sender is None else this.sender,
-                operation=w.COPY if how == "copy" else _OPERATIONS[how][target.dtype],
-                alpha=this.weight,
-                source_param=source.param,
-                held=int(held),
-                grant_now=-1 if early or this.sender is None else this.sender,
-                grant_next=-1 if ahead is None or ahead.sender is None else ahead.sender,
-                whole=int(whole),
-            ),
-            kick,
+        what = Post(
+            source=source.address,
+            target=target.address,
+            nbytes=source.nbytes,
+            to=-1 if this.to is None else this.to,
+            sender=-1 if this.sender is None else this.sender,
+            operation=w.COPY if how == "copy" else _OPERATIONS[how][target.dtype],
+            alpha=this.weight,
+            source_param=source.param,
+            held=int(held),
+            next_writer=-1 if ahead is None or ahead.sender is None else ahead.sender,
+            whole=int(whole),
         )
+        self.engine.post(mailbox, what, kick)
         mailbox.in_flight = (source.owner, target.owner)
+
+    def _look_ahead(
+        self,
+        mailbox: Mailbox,
+        buffer: Buffer,
+        schedule: Schedule,
+        whole: bool,
+        asked: tuple[Any, ...],
+    ) -> None:
+        """Lay out the next rounds of `mailbox` in which no rank takes part that is new to it.
+
+        From the second time on that the same is asked for, and not in every round while there are
+        new ranks.
+        """
+        before, mailbox.itinerary, mailbox.asked = mailbox.asked, None, asked
+        same = before and all(map(operator.is_, before, asked))
+        if not same or mailbox.round < mailbox.look_again:
+            return
+        with self.steady():
+            first, ahead = mailbox.round, mailbox.layout.ahead
+            steps = np.arange(first, first + _FORESEEN + ahead)
+            found = many(self.living(schedule), np.full(len(steps), self.rank), steps)
+            known = np.array([-1, *mailbox.keys])
+            new = ~(np.isin(found[0], known) & np.isin(found[1], known))
+            count = int(new.argmax()) if new.any() else len(steps)
+            if count < len(steps):
+                mailbox.look_again = first + _FORESEEN // 16
+            if count <= ahead:
+                return
+            what = Post(
+                source=buffer.address,
+                target=buffer.address,
+                nbytes=buffer.nbytes,
+                to=-1,
+                sender=-1,
+                operation=_OPERATIONS["mix"][buffer.dtype],
+                source_param=buffer.param,
+                whole=int(whole),
+            )
+            parts = (found[0][:count], found[1][:count], found[2][:count])
+            mailbox.ahead.clear()
+            mailbox.itinerary = Itinerary(asked, first, self.epoch, parts, ahead, what)
 
     def wait(self, mailbox: Mailbox, timeout: float | None = None) -> bool:
         """Block until the mailbox's round has ended; drives the engine meanwhile.
@@ -490,6 +529,35 @@ class Group(Partners):
         infinity: ``"skip"`` leaves this rank's values as they are, counts (`nonfinite`) and warns;
         ``"raise"`` does so and raises `NonFiniteError` after the round; ``"allow"`` mixes.
         """
+        box = self._exchange_box if mailbox is None else mailbox
+        plan: Itinerary | None = getattr(box, "itinerary", None)
+        said = itinerary.LEAVE
+        if (
+            plan is not None
+            and mix is True
+            and plan.asked[0] is array
+            and plan.asked[1] is schedule
+            and plan.asked[2] == nonfinite
+            and plan.asked[3] is self
+            and not self._closed
+            and self._failure is None
+        ):
+            assert box is not None
+            said = itinerary.exchange(self.engine.address, box.index, plan.address, _SLICE_NS)
+            if said == itinerary.ENDED:
+                return array
+        return self._exchange(array, mix, schedule, mailbox, nonfinite, said != itinerary.LEAVE)
+
+    def _exchange(
+        self,
+        array: NDArray[Any],
+        mix: bool,
+        schedule: Schedule | None,
+        mailbox: Mailbox | None,
+        nonfinite: str,
+        posted: bool,
+    ) -> NDArray[Any]:
+        """A round of `exchange` that is not foreseen, or what is left to do of one that was."""
         self._check_usable()
         check_policy(nonfinite)
         buffer = self._buffer_of(array)
@@ -511,8 +579,13 @@ class Group(Partners):
         # A copy, not empty memory: a schedule may give this rank nobody to receive from.
         target = buffer if mix else Buffer.of(array.copy())
         how = "mix" if mix else "copy"
-        number, looks = box.round, mix and nonfinite != "allow"
-        self.post_scheduled(box, buffer, target, chosen, number, how=how, kick=False, whole=looks)
+        number, looks = box.round - posted, mix and nonfinite != "allow"
+        if not posted:
+            self.post_scheduled(
+                box, buffer, target, chosen, number, how=how, kick=False, whole=looks
+            )
+            if mix and not self._capped:
+                self._look_ahead(box, buffer, chosen, looks, (array, schedule, nonfinite, self))
         whole = self.wait(box)
         if whole and looks:
             found = self.left_out(box)
@@ -558,7 +631,7 @@ class Group(Partners):
             this = mailbox.ahead.pop(step, None) or living.round(self.rank, step)
             ahead = None
             if foresee:
-                later = step + stride * mailbox.layout.depth
+                later = step + stride * mailbox.layout.ahead
                 ahead = mailbox.ahead[later] = living.round(self.rank, later)
             return (this if weight == 1.0 else replace(this, weight=weight * this.weight)), ahead
 
@@ -575,13 +648,13 @@ class Group(Partners):
             mailbox.base = mailbox.round
             mailbox.ahead.clear()
 
-    def grant(self, mailbox: Mailbox, rank: int, number: int) -> None:
-        """Tell `rank` that the slot of round `number` of `mailbox` is free.
+    def grant(self, mailbox: Mailbox, rank: int, credit: int) -> None:
+        """Tell `rank` that it may put all rounds of `mailbox` below `credit` here.
 
         Where that fails, `rank` may be dead: the next `look_around` finds out.
         """
         with self.engine.locked():
-            status = rounds.grant(self.engine.words, self.engine.table[mailbox.index], rank, number)
+            status = rounds.grant(self.engine.words, self.engine.table[mailbox.index], rank, credit)
         if status < 0:
             error = UCXError(ops.SEND, int(status), status_name(int(status)), "a credit")
             self._doubtful.append((rank, self.epoch, error))

@@ -135,8 +135,8 @@ class Guests(Membership):
 
     def _open(self, nbytes: int, depth: int) -> Mailbox:
         with self.steady():
-            layout = Layout(nbytes, depth, self.tuning.chunk, self.verify)
-            mailbox = Mailbox(self.context, layout, self.size)
+            layout = Layout(nbytes, depth, self.tuning.chunk, self.verify, self.size)
+            mailbox = Mailbox(self.context, layout)
             try:
                 self.engine.open(mailbox)
             except BaseException:

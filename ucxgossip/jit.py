@@ -136,6 +136,15 @@ def _compare_swap(typingctx: Any, array: Any, index: Any, expected: Any, desired
     return types.boolean(array, types.intp, types.int64, types.int64), codegen
 
 
+@intrinsic
+def _full_fence(typingctx: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
 def load_acquire(array: Any, index: int) -> int:
     """Read ``array[index]``; nothing after it is read earlier."""
     return int(array[index])
@@ -161,6 +170,11 @@ def compare_swap(array: Any, index: int, expected: int, desired: int) -> bool:
     return True
 
 
+def full_fence() -> None:
+    """What was written before is visible before anything after it is read."""
+
+
+compiled_as(full_fence, lambda: _full_fence())
 compiled_as(load_acquire, lambda array, index: _load_acquire(array, index))
 compiled_as(store_release, lambda array, index, value: _store_release(array, index, value))
 compiled_as(fetch_add, lambda array, index, value: _fetch_add(array, index, value))

@@ -7,9 +7,9 @@ chunk; the sender puts it after the chunk (see docs/protocol.md for why it canno
 and its value names epoch and round, so that a word left from an earlier round is never taken for
 this one's. A slot is free for its next writer once that writer holds the *credit* for its round.
 
-Credits arrive as active messages and are kept by round number in a window of `CREDIT_WINDOW`
-rounds, not by slot: with an odd number of rounds a period one slot's credits come from different
-ranks, and a late one would overwrite a newer one.
+A credit is a number: rounds below it may be put to the rank that gave it. Whoever has ended all
+rounds below n says n + depth, once to each rank; credits are kept by rank, the largest counts. So
+one credit serves for many rounds, and may ride on a message that goes to the same rank anyway.
 
 Guard bytes stand between the slots; tests check that nothing ever writes there.
 
@@ -36,10 +36,19 @@ from ucxgossip.ucp.memory import MemoryRegion, RemoteKey
 ALIGNMENT = 64
 GUARD = 64
 GUARD_BYTE = 0xA5
-CREDIT_WINDOW = 4096
+MAX_DEPTH = 1024
 SIGNAL_RING = 64
 MAX_ROUND = 1 << 47
 _BLOB = struct.Struct("<QQ")
+
+
+SMALL = 1 << 16
+"""Payloads of up to this many bytes get more than two slots, so that credits can ride."""
+
+
+def usual_depth(nbytes: int) -> int:
+    """Slots of a mailbox for payloads of `nbytes`: 2, and for small ones up to 32 (256 KiB)."""
+    return 2 if nbytes > SMALL else min(32, 4 * SMALL // nbytes)
 
 
 @jit.njit
@@ -57,23 +66,32 @@ class Layout:
     """Where the parts of a mailbox stand in its region; equal on all ranks.
 
     nbytes: largest payload of a round. depth: slots. chunk: bytes of payload that are put,
-    signalled and mixed at a time. verify: a checksum travels with each chunk.
+    signalled and mixed at a time. verify: a checksum travels with each chunk. ranks: of the job.
     """
 
     nbytes: int
     depth: int
     chunk: int
     verify: bool = False
+    ranks: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("nbytes", "depth", "chunk"):
+        for name in ("nbytes", "depth", "chunk", "ranks"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ArgumentError(f"mailbox: {name} is {value!r}; must be a whole number from 1")
         if self.chunk % 8:
             raise ArgumentError(f"mailbox: chunk is {self.chunk}; must be a multiple of 8 bytes")
-        if self.depth > CREDIT_WINDOW // 4:
-            raise ArgumentError(f"mailbox: depth is {self.depth}; at most {CREDIT_WINDOW // 4}")
+        if self.depth > MAX_DEPTH:
+            raise ArgumentError(f"mailbox: depth is {self.depth}; at most {MAX_DEPTH}")
+
+    @property
+    def ahead(self) -> int:
+        """How many rounds before it is wanted a credit goes out, if no message has taken it along.
+
+        Half of the slots: the other half is for those that ride.
+        """
+        return max(min(self.depth, 2), self.depth // 2)
 
     @property
     def chunks(self) -> int:
@@ -105,9 +123,19 @@ class Layout:
         return self.signals + _align(8 * self.depth * self.chunks) + GUARD
 
     @property
+    def credits(self) -> int:
+        """Offset of the credits that others give, one word a rank."""
+        return self.outgoing + _align(8 * SIGNAL_RING) + GUARD
+
+    @property
+    def doze(self) -> int:
+        """Offset of the doze word, which tells others who store here that a bell is needed."""
+        return self.credits + _align(8 * self.ranks) + GUARD
+
+    @property
     def checks(self) -> int:
         """Offset of the checksums that others put, depth x chunks; with `verify` only."""
-        return self.outgoing + _align(8 * SIGNAL_RING) + GUARD
+        return self.doze + _align(8) + GUARD
 
     @property
     def out_checks(self) -> int:
@@ -131,25 +159,44 @@ class Mailbox:
     the first since the last restart or change of members (a rank that has not come so far yet
     passes over the rounds before: `alone` says that it did with the last one). `ahead`: this
     rank's parts, by step, in rounds whose writer has its credit already. `credited`: by round, who
-    may put it or has done so (kept where endpoints are closed again). `in_flight` keeps the memory
-    of the last round alive, which a put or a mix may touch until the next one is posted.
+    may put it or has done so (kept where endpoints are closed again). `told`: the credits given,
+    by rank. `itinerary`: the next rounds, where they are known; `asked`: what for, the last time;
+    `look_again`: the round from which on it is worth looking ahead again. `in_flight` keeps the
+    memory of the last round alive, which a put or a mix may touch until the next one is posted.
     """
 
-    def __init__(self, context: Context, layout: Layout, size: int) -> None:
+    def __init__(self, context: Context, layout: Layout) -> None:
         self.layout = layout
         self.region = MemoryRegion(context, nbytes=layout.total)
-        self.credits = np.zeros(CREDIT_WINDOW, np.int64)
-        self.peers = np.zeros((size, 3), np.int64)
+        self.told = np.zeros(layout.ranks, np.int64)
+        self.peers = np.zeros((layout.ranks, 3), np.int64)
         self.keys: dict[int, RemoteKey] = {}
         self.index = -1
-        self.round = 0
+        self.number = np.zeros(1, np.int64)
         self.base = 0
         self.alone = False
         self.retired: list[MemoryRegion] = []
         self.credited: dict[int, int] = {}
         self.ahead: dict[int, Round] = {}
+        self.itinerary: Any = None
+        self.asked: tuple[object, ...] = ()
+        self.look_again = 0
         self.in_flight: tuple[object, ...] = ()
         self._lay_out()
+
+    @property
+    def round(self) -> int:
+        """The number of the next round."""
+        return int(self.number[0])
+
+    @round.setter
+    def round(self, number: int) -> None:
+        self.number[0] = number
+
+    @property
+    def credits(self) -> NDArray[np.int64]:
+        """The credits that others gave, by rank: rounds below may be put to it."""
+        return self.region.view(np.int64, self.layout.ranks, self.layout.credits)
 
     def _lay_out(self) -> None:
         for guard in self._guards():
@@ -163,13 +210,14 @@ class Mailbox:
         """
         self.keys.clear()
         self.peers[:] = 0
-        self.credits[:] = 0
+        self.told[:] = 0
         self.credited.clear()
         self.ahead.clear()
         if elsewhere:
             self.retired.append(self.region)
             self.region = MemoryRegion(self.region.context, nbytes=self.layout.total)
             self._lay_out()
+        self.credits[:] = 0
 
     def drop_retired(self) -> None:
         """Release the regions that `renew` left; no view of them is in use any more."""
@@ -182,6 +230,8 @@ class Mailbox:
         ends = [(layout.slots + i * layout.stride, layout.nbytes) for i in range(layout.depth)]
         ends.append((layout.signals, 8 * layout.depth * layout.chunks))
         ends.append((layout.outgoing, 8 * SIGNAL_RING))
+        ends.append((layout.credits, 8 * layout.ranks))
+        ends.append((layout.doze, 8))
         if layout.verify:
             ends.append((layout.checks, 8 * layout.depth * layout.chunks))
             ends.append((layout.out_checks, 8 * SIGNAL_RING * layout.chunks))

@@ -21,7 +21,7 @@ from ucxgossip.errors import (
 )
 from ucxgossip.guests import Guests
 from ucxgossip.history import plain
-from ucxgossip.mailbox import Layout, Mailbox
+from ucxgossip.mailbox import Layout, Mailbox, usual_depth
 from ucxgossip.members import Warden
 from ucxgossip.membership import log, nothing
 from ucxgossip.rendezvous import Rendezvous, first_difference
@@ -50,6 +50,7 @@ class Meetings(Guests):
         verify: bool,
     ) -> None:
         super().__init__(context, engine, meeting, size, dead_after, tuning, verify)
+        self.exact_credits = False
         self._naming = "mailbox"
         self._names: dict[str, int] = {}
 
@@ -247,12 +248,17 @@ class Meetings(Guests):
         finally:
             self._naming = before
 
-    def mailbox(self, nbytes: int, depth: int = 2) -> Mailbox:
-        """A stream of rounds of at most `nbytes` each, `depth` of which may wait. Collective."""
+    def mailbox(self, nbytes: int, depth: int | None = None) -> Mailbox:
+        """A stream of rounds of at most `nbytes` each, `depth` of which may wait. Collective.
+
+        depth: `mailbox.usual_depth` by default, 2 for all but small payloads.
+        """
         self._check_usable()
         if isinstance(nbytes, bool) or not isinstance(nbytes, int) or nbytes < 1:
             raise ArgumentError(f"mailbox of {nbytes!r} bytes; must be a positive whole number")
-        layout = Layout(nbytes, depth, self.tuning.chunk, self.verify)
+        if depth is None:
+            depth = 2 if self.exact_credits else usual_depth(nbytes)
+        layout = Layout(nbytes, depth, self.tuning.chunk, self.verify, self.size)
         name = self.label(self._naming)
         if self._look_up(lambda: name in self._unclaimed):
             mailbox = self._unclaimed.pop(name)

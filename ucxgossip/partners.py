@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ucxgossip.engine import Engine, Tuning
+from ucxgossip.engine import words as w
 from ucxgossip.errors import (
     UCXError,
 )
@@ -32,6 +33,8 @@ class Partners(Meetings):
     ) -> None:
         super().__init__(context, engine, meeting, size, dead_after, tuning, verify)
         self._capped = size - 1 > tuning.endpoints
+        self.exact_credits = self._capped  # so that `_close_unused` knows who may put
+        engine.words[w.EXACT] = self._capped
         self._uses, self._used = 0, dict[int, int]()
         self._pinned: dict[int, tuple[int, ...]] = {}
         self._told: dict[tuple[int, str], bytes] = {}
@@ -110,7 +113,7 @@ class Partners(Meetings):
         if this.sender is not None:
             mailbox.credited[number] = this.sender
         if ahead is not None and ahead.sender is not None:
-            mailbox.credited[number + mailbox.layout.depth] = ahead.sender
+            mailbox.credited[number + mailbox.layout.ahead] = ahead.sender
         self._uses += 1
         for rank in (this.to, this.sender, None if ahead is None else ahead.sender):
             if rank is not None:

@@ -9,6 +9,10 @@ the UCX worker.
 A driver that finds nothing to do yields the core a few times, then arms the worker and sleeps in
 poll(2): spinning costs where ranks outnumber cores (docs/performance.md), and sleeping at once
 costs a system call and a wake-up on each message. Nobody sleeps while a bell's signal is unseen.
+
+A store into this rank's memory wakes nobody. Before it sleeps a driver raises a word in each
+mailbox, the *doze word*, looks once more, and sleeps only then; whoever stores reads that word
+afterwards, and rings if it is up. (Bells after every store cost more than the stores.)
 """
 
 from __future__ import annotations
@@ -80,10 +84,20 @@ def _whose_turn(engine: Any) -> int:
         if (
             jit.load_acquire(mailbox, w.STATE) == w.ACTIVE
             and (chosen < 0 or mailbox[w.TURN] < earliest)
-            and may_put(mailbox)
+            and may_put(engine, mailbox)
         ):
             chosen, earliest = index, mailbox[w.TURN]
     return chosen
+
+
+@jit.njit
+def _doze(engine: Any, value: int) -> None:
+    """Raise or lower the doze words; what is read after it was raised is read later."""
+    for index in range(engine[w.MAILBOXES]):
+        word = jit.view_words(mailbox_words(engine, index)[w.DOZE], 1)
+        jit.store_release(word, 0, value)
+    engine[w.DOZING] = value
+    jit.full_fence()
 
 
 @jit.njit
@@ -98,6 +112,8 @@ def drive_once(engine: Any) -> int:
         mailbox = mailbox_words(engine, index)
         if jit.load_acquire(mailbox, w.STATE) == w.ACTIVE:
             moved += advance(engine, mailbox, mailbox_floats(engine, index), index == chosen)
+    if moved and engine[w.DOZING]:
+        _doze(engine, 0)
     return moved
 
 
@@ -107,6 +123,9 @@ def _may_sleep(engine: Any, idle: int) -> bool:
     if idle <= engine[w.SPINS]:
         return False
     tired = idle > engine[w.SPINS] + engine[w.YIELDS]
+    if tired and engine[w.RING] and not engine[w.DOZING]:
+        _doze(engine, 1)
+        return False
     if tired and all_seen(engine) and ops.arm(engine[w.WORKER]) == 0:
         engine[w.SLEEPS] += 1
         return True
@@ -137,6 +156,14 @@ def drive(engine: Any, index: int, deadline_ns: int) -> bool:
     """
     if not acquire(engine, deadline_ns):
         return False
+    ended = drive_locked(engine, index, deadline_ns)
+    release(engine)
+    return ended
+
+
+@jit.njit
+def drive_locked(engine: Any, index: int, deadline_ns: int) -> bool:
+    """As `drive`, for a caller who holds the lock."""
     idle = 0
     ended = True
     while True:
@@ -154,7 +181,6 @@ def drive(engine: Any, index: int, deadline_ns: int) -> bool:
             _let_others(engine)
         elif _may_sleep(engine, idle):
             _sleep(engine, engine[w.DRIVER_FD], min(left // _MS + 1, _SLEEP_MS))
-    release(engine)
     return ended
 
 

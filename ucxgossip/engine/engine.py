@@ -10,14 +10,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ucxgossip import forks, jit
-from ucxgossip.engine import drive, handlers, rounds
+from ucxgossip.engine import drive, handlers, itinerary, rounds
 from ucxgossip.engine import words as w
+from ucxgossip.engine.post import Post
 from ucxgossip.errors import ArgumentError, ExchangeError, ExchangeTimeoutError
 from ucxgossip.kernels.cpu import mix
 from ucxgossip.mailbox import MAX_ROUND, Mailbox
@@ -33,31 +33,6 @@ _CLOSE_NS = 2_000_000_000
 
 LEAST_ENDPOINTS = 4
 """A round has three partners: whom it puts to, who puts, and who may put the next one."""
-
-
-class Post(NamedTuple):
-    """What one round does: addresses in bytes, partners by rank (-1: none).
-
-    source, target: the same address mixes in place. operation: COPY, MIX_FLOAT32, MIX_FLOAT64,
-    DELTA_FLOAT32 or DELTA_FLOAT64 of `words`. source_param: address of
-    the request parameters with the source's memory handle, 0 for unregistered memory. held: mix
-    only after `Engine.unhold`. grant_now, grant_next: who gets the
-    credit of this round at its start, and of round + depth at its end. whole: 1 leaves out chunks
-    that hold a NaN or an infinity.
-    """
-
-    source: int
-    target: int
-    nbytes: int
-    to: int
-    sender: int
-    operation: int
-    alpha: float = 0.5
-    source_param: int = 0
-    held: int = 0
-    grant_now: int = -1
-    grant_next: int = -1
-    whole: int = 0
 
 
 @dataclass(frozen=True)
@@ -116,6 +91,7 @@ class Engine:
         self.endpoints: dict[int, Endpoint] = {}
         self.mailboxes: list[Mailbox] = []
         self.words = np.zeros(w.ENGINE_WORDS, np.int64)
+        self.address = int(self.words.ctypes.data)
         self.table = np.zeros((max_mailboxes, w.MAILBOX_WORDS), np.int64)
         self.floats = np.zeros((max_mailboxes, w.FLOATS), np.float64)
         self._handles = np.zeros(size, np.int64)
@@ -138,6 +114,7 @@ class Engine:
             drive.drive(self.words, -1, jit.now_ns() + _LOCK_NS)
             self.words[w.STOP] = 0
             jit.compile_ahead(rounds.post, rounds.POST_SIGNATURE)
+            jit.compile_ahead(itinerary.exchange, itinerary.SIGNATURE)
         context.before_close(self.close)
         self._set_handlers()
 
@@ -237,7 +214,6 @@ class Engine:
         self._kept += [requests, headers, self._undo]
         row = self.table[index]
         row[w.INDEX] = index
-        self._place(row, mailbox)
         row[w.SLOTS_OFFSET] = layout.slots
         row[w.SIGNALS_OFFSET] = layout.signals
         row[w.STRIDE] = layout.stride
@@ -246,24 +222,31 @@ class Engine:
         row[w.CHUNKS] = layout.chunks
         row[w.CAPACITY] = layout.nbytes
         row[w.WINDOW] = self.tuning.window
-        row[w.CREDITS] = mailbox.credits.ctypes.data
+        row[w.AHEAD] = layout.ahead
+        row[w.TOLD] = mailbox.told.ctypes.data
+        row[w.NUMBER] = mailbox.number.ctypes.data
+        row[w.CREDITS_OFFSET] = layout.credits
+        row[w.DOZE_OFFSET] = layout.doze
         row[w.PEERS] = mailbox.peers.ctypes.data
         row[w.REQUESTS] = requests.ctypes.data
         row[w.HEADERS] = headers.ctypes.data
         row[w.UNDO] = self._undo.ctypes.data
         with self.locked():
+            self._place(row, mailbox)
             self.mailboxes.append(mailbox)
             mailbox.index = index
             self.words[w.MAILBOXES] = index + 1
 
-    @staticmethod
-    def _place(row: NDArray[np.int64], mailbox: Mailbox) -> None:
-        """Write where the mailbox's region is into its row."""
+    def _place(self, row: NDArray[np.int64], mailbox: Mailbox) -> None:
+        """Write where the mailbox's region is into its row. The caller holds the lock."""
         layout, region = mailbox.layout, mailbox.region
         row[w.SLOTS] = region.address + layout.slots
         row[w.SIGNALS] = region.address + layout.signals
         row[w.OUTGOING] = region.address + layout.outgoing
         row[w.OUT_PARAM] = region.param_address
+        row[w.CREDITS] = region.address + layout.credits
+        row[w.DOZE] = region.address + layout.doze
+        region.view(np.int64, 1, layout.doze)[0] = self.words[w.DOZING]
         if layout.verify:
             row[w.CHECKS] = region.address + layout.checks
             row[w.CHECKS_OFFSET] = layout.checks

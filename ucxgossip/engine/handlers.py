@@ -14,9 +14,7 @@ from numba import types
 
 from ucxgossip import jit
 from ucxgossip.engine import words as w
-from ucxgossip.mailbox import CREDIT_WINDOW, MAX_ROUND, signal_word
-
-_WINDOW_MASK = CREDIT_WINDOW - 1
+from ucxgossip.mailbox import MAX_ROUND, signal_word
 
 
 @jit.njit
@@ -46,6 +44,8 @@ def _header(address: int, header: int, header_bytes: int) -> Any:
         and 0 <= fields[1] < MAX_ROUND
         and fields[2] >= 0
         and fields[3] == engine[w.EPOCH]
+        and 0 <= fields[4] < engine[w.RANKS]
+        and 0 <= fields[5] <= MAX_ROUND
     )
     if fits:
         mailbox = mailbox_words(engine, fields[0])
@@ -54,6 +54,15 @@ def _header(address: int, header: int, header_bytes: int) -> Any:
     if not fits:
         engine[w.MALFORMED] += 1
     return engine, fits
+
+
+@jit.njit
+def take_credit(engine: Any, mailbox: Any) -> None:
+    """Note the credit that the message being handled gives, if any; the largest counts."""
+    credits = jit.view_words(mailbox[w.CREDITS], engine[w.RANKS])
+    rank, credit = engine[w.HEADER_COPY + 4], engine[w.HEADER_COPY + 5]
+    if credit > jit.load_acquire(credits, rank):
+        jit.store_release(credits, rank, credit)
 
 
 @jit.njit
@@ -107,6 +116,7 @@ def on_data(
             jit.view_words(mailbox[w.CHECKS] + 8 * index, 1)[0] = told
         expected = signal_word(engine[w.EPOCH], number)
         jit.store_release(signal_words(mailbox), index, expected)
+        take_credit(engine, mailbox)
     return 0
 
 
@@ -114,13 +124,10 @@ def on_data(
 def on_credit(
     address: int, header: int, header_bytes: int, data: int, nbytes: int, param: int
 ) -> int:
-    """The slot of a round is free for this rank to write."""
+    """Slots of the sender are free for this rank to write."""
     engine, fits = _header(address, header, header_bytes)
     if fits:
-        number = engine[w.HEADER_COPY + 1]
-        mailbox = mailbox_words(engine, engine[w.HEADER_COPY])
-        credits = jit.view_words(mailbox[w.CREDITS], CREDIT_WINDOW)
-        credits[number & _WINDOW_MASK] = number + 1
+        take_credit(engine, mailbox_words(engine, engine[w.HEADER_COPY]))
     return 0
 
 

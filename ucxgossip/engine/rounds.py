@@ -3,8 +3,12 @@
 `advance` moves a round as far as it goes now and returns; whoever drives calls it again. A round
 puts its source chunk by chunk into the partner's slot, each chunk followed by its signal, and
 mixes the chunks that arrive into its target. In place, chunk c is mixed once its own copy has left
-(`SENT`) and the partner's has come. When all is mixed and all has left, the credit for the slot's
-next round goes to whoever will write it.
+(`SENT`) and the partner's has come.
+
+A credit tells another rank that it may put all rounds below a number here. It rides on a small
+round's message; whoever puts a round soon and has not heard of its slot by then gets one of its
+own: `AHEAD` rounds before, at the latest when that round is posted here. Into memory of this
+machine it is stored, and its owner woken only if it dozes.
 
 A chunk is also the unit of integrity: where its values are not finite it is left out and counted
 (`apply`); where its checksum does not fit the round fails (`checks`).
@@ -27,10 +31,9 @@ from ucxgossip.engine import words as w
 from ucxgossip.engine.apply import apply
 from ucxgossip.engine.checks import checksum, intact
 from ucxgossip.engine.handlers import arrived, mailbox_floats, mailbox_words, signal_index
-from ucxgossip.mailbox import CREDIT_WINDOW, SIGNAL_RING, signal_word
+from ucxgossip.mailbox import SIGNAL_RING, signal_word
 from ucxgossip.ucp import ops
 
-_WINDOW_MASK = CREDIT_WINDOW - 1
 _IN_PROGRESS = 1
 
 
@@ -49,7 +52,14 @@ def _endpoint(engine: Any, rank: int) -> int:
 
 @jit.njit
 def _send(
-    engine: Any, mailbox: Any, rank: int, ident: int, number: int, chunk: int, nbytes: int
+    engine: Any,
+    mailbox: Any,
+    rank: int,
+    ident: int,
+    number: int,
+    chunk: int,
+    credit: int,
+    nbytes: int,
 ) -> int:
     """Send an active message about (round, chunk); `nbytes` of the source go with it."""
     # UCX 1.13 does not know COPY_HEADER: the ring keeps a header while its message may wait.
@@ -58,7 +68,7 @@ def _send(
     header_bytes = w.HEADER_BYTES
     fields = jit.view_words(header, w.HEADER_WORDS + 1)
     fields[0], fields[1], fields[2] = mailbox[w.INDEX], number, chunk
-    fields[3] = engine[w.EPOCH]
+    fields[3], fields[4], fields[5] = engine[w.EPOCH], engine[w.RANK], credit
     data = mailbox[w.SOURCE] if nbytes else 0
     if ident == w.AM_DATA and mailbox[w.CHECKS] != 0:
         fields[w.HEADER_WORDS] = checksum(engine, mailbox, number, chunk, data, nbytes)
@@ -84,27 +94,78 @@ def _forget(request: int) -> int:
 
 
 @jit.njit
-def grant(engine: Any, mailbox: Any, rank: int, number: int) -> int:
-    """Tell `rank` that it may write the slot of round `number`; an error status, or 0."""
-    return _forget(_send(engine, mailbox, rank, w.AM_CREDIT, number, 0, 0))
-
-
-@jit.njit
-def _credited(mailbox: Any) -> bool:
-    """Whether the partner's slot is free for this round."""
-    if mailbox[w.NEED_CREDIT] == 0:
-        return True
-    credits = jit.view_words(mailbox[w.CREDITS], CREDIT_WINDOW)
-    if credits[mailbox[w.ROUND] & _WINDOW_MASK] != mailbox[w.ROUND] + 1:
-        return False
-    mailbox[w.NEED_CREDIT] = 0
-    return True
-
-
-@jit.njit
 def _peer(engine: Any, mailbox: Any, rank: int) -> Any:
     """(address, rkey, local pointer or 0) of the mailbox's twin on `rank`."""
     return jit.view_words(mailbox[w.PEERS] + 24 * rank, 3)
+
+
+@jit.njit
+def _dozes(mailbox: Any, direct: int) -> bool:
+    """Whether the owner of the mailbox at `direct` may sleep without having seen our last store.
+
+    It raises its word before it looks for the last time, we store before we read that word: one of
+    the two sees the other's.
+    """
+    jit.full_fence()
+    return jit.load_acquire(jit.view_words(direct + mailbox[w.DOZE_OFFSET], 1), 0) != 0
+
+
+@jit.njit
+def _told(engine: Any, mailbox: Any) -> Any:
+    """The credits given, by rank."""
+    return jit.view_words(mailbox[w.TOLD], engine[w.RANKS])
+
+
+@jit.njit
+def grant(engine: Any, mailbox: Any, rank: int, credit: int) -> int:
+    """Tell `rank` that it may put all rounds below `credit` here; an error status, or 0."""
+    told = _told(engine, mailbox)
+    if credit <= told[rank]:
+        return 0
+    told[rank] = credit
+    direct = _peer(engine, mailbox, rank)[2]
+    if direct != 0:
+        word = jit.view_words(direct + mailbox[w.CREDITS_OFFSET] + 8 * engine[w.RANK], 1)
+        jit.store_release(word, 0, credit)
+        if not _dozes(mailbox, direct):
+            return 0
+    return _forget(_send(engine, mailbox, rank, w.AM_CREDIT, 0, 0, credit, 0))
+
+
+@jit.njit
+def _grant_for(engine: Any, mailbox: Any, rank: int, number: int, ended: int) -> int:
+    """Let `rank` put round `number`, all below `ended` having ended; an error status, or 0."""
+    if _told(engine, mailbox)[rank] > number:
+        return 0
+    credit = number + 1 if engine[w.EXACT] else ended + mailbox[w.DEPTH]
+    return grant(engine, mailbox, rank, credit)
+
+
+@jit.njit
+def _riding(engine: Any, mailbox: Any) -> int:
+    """The credit that goes with this round's message to its target; 0: none.
+
+    None where this rank takes nothing in the round: the slots may not be its rounds' (`Channel`).
+    """
+    if engine[w.EXACT] or mailbox[w.FROM] < 0:
+        return 0
+    credit = mailbox[w.ROUND] + mailbox[w.DEPTH]
+    told = _told(engine, mailbox)
+    if credit > told[mailbox[w.TO]]:
+        told[mailbox[w.TO]] = credit
+    return credit  # type: ignore[no-any-return]
+
+
+@jit.njit
+def _credited(engine: Any, mailbox: Any) -> bool:
+    """Whether the partner's slot is free for this round."""
+    if mailbox[w.NEED_CREDIT] == 0:
+        return True
+    credits = jit.view_words(mailbox[w.CREDITS], engine[w.RANKS])
+    if jit.load_acquire(credits, mailbox[w.TO]) <= mailbox[w.ROUND]:
+        return False
+    mailbox[w.NEED_CREDIT] = 0
+    return True
 
 
 @jit.njit
@@ -112,7 +173,7 @@ def _ring(engine: Any, mailbox: Any, part: int) -> int:
     """Wake the target, who may sleep: a store or an RDMA write alone wakes nobody."""
     if engine[w.RING] == 0:
         return 0
-    return _forget(_send(engine, mailbox, mailbox[w.TO], w.AM_BELL, mailbox[w.ROUND], part, 0))
+    return _forget(_send(engine, mailbox, mailbox[w.TO], w.AM_BELL, mailbox[w.ROUND], part, 0, 0))
 
 
 @jit.njit
@@ -128,7 +189,7 @@ def _store_signalled(engine: Any, mailbox: Any, part: int, offset: int, nbytes: 
         jit.view_words(direct + mailbox[w.CHECKS_OFFSET] + 8 * index, 1)[0] = check
     signals = direct + mailbox[w.SIGNALS_OFFSET] + 8 * index
     jit.store_release(jit.view_words(signals, 1), 0, signal_word(engine[w.EPOCH], number))
-    return _ring(engine, mailbox, part)
+    return _ring(engine, mailbox, part) if _dozes(mailbox, direct) else 0
 
 
 @jit.njit
@@ -185,14 +246,14 @@ def _put_signalled(engine: Any, mailbox: Any, part: int, offset: int, nbytes: in
 
 
 @jit.njit
-def may_put(mailbox: Any) -> bool:
+def may_put(engine: Any, mailbox: Any) -> bool:
     """Whether the round has a chunk to put, and credit and window allow it."""
     part = mailbox[w.PUT]
     return (
         mailbox[w.TO] >= 0
         and part < mailbox[w.PARTS]
         and part - mailbox[w.SENT] < mailbox[w.WINDOW]
-        and _credited(mailbox)
+        and _credited(engine, mailbox)
     )
 
 
@@ -205,7 +266,8 @@ def _put_next(engine: Any, mailbox: Any) -> int:
     if _peer(engine, mailbox, mailbox[w.TO])[2] != 0:
         request = _store_signalled(engine, mailbox, part, offset, nbytes)
     elif mailbox[w.NBYTES] <= engine[w.EAGER]:
-        request = _send(engine, mailbox, mailbox[w.TO], w.AM_DATA, mailbox[w.ROUND], 0, nbytes)
+        to, credit = mailbox[w.TO], _riding(engine, mailbox)
+        request = _send(engine, mailbox, to, w.AM_DATA, mailbox[w.ROUND], 0, credit, nbytes)
     else:
         request = _put_signalled(engine, mailbox, part, offset, nbytes)
     if request < 0:
@@ -263,9 +325,10 @@ def _finish(engine: Any, mailbox: Any) -> int:
         return 0
     if mailbox[w.FROM] >= 0 and mailbox[w.MIXED] < mailbox[w.PARTS]:
         return 0
-    if mailbox[w.GRANT_NEXT] >= 0:
-        following = mailbox[w.ROUND] + mailbox[w.DEPTH]
-        status = grant(engine, mailbox, mailbox[w.GRANT_NEXT], following)
+    if mailbox[w.NEXT_WRITER] >= 0:
+        number = mailbox[w.ROUND]
+        following = number + mailbox[w.AHEAD]
+        status = _grant_for(engine, mailbox, mailbox[w.NEXT_WRITER], following, number + 1)
         if status < 0:
             return _fail(mailbox, status)
     mailbox[w.DONE_NS] = jit.now_ns()
@@ -279,9 +342,9 @@ def advance(engine: Any, mailbox: Any, floats: Any, turn: bool) -> int:
 
     turn: whether it may put a chunk now, where `may_put` said so.
     """
-    if mailbox[w.GRANT_NOW] >= 0:
-        status = grant(engine, mailbox, mailbox[w.GRANT_NOW], mailbox[w.ROUND])
-        mailbox[w.GRANT_NOW] = -1
+    if mailbox[w.FROM] >= 0:
+        number = mailbox[w.ROUND]
+        status = _grant_for(engine, mailbox, mailbox[w.FROM], number, number)
         if status < 0:
             return _fail(mailbox, status)
     moved = _put_next(engine, mailbox) if turn else 0
@@ -308,8 +371,7 @@ def post(
     alpha: float,
     source_param: int,
     held: int,
-    grant_now: int,
-    grant_next: int,
+    next_writer: int,
     whole: int,
 ) -> bool:
     """Start round `number` of mailbox `index`; whoever drives takes it from here.
@@ -331,8 +393,7 @@ def post(
     mailbox[w.OPERATION] = operation
     mailbox[w.HELD] = held
     mailbox[w.NEED_CREDIT] = to >= 0
-    mailbox[w.GRANT_NOW] = grant_now
-    mailbox[w.GRANT_NEXT] = grant_next
+    mailbox[w.NEXT_WRITER] = next_writer
     mailbox[w.WHOLE] = whole
     mailbox[w.SPOILED] = 0
     mailbox[w.OWN_SPOILED] = 0
@@ -350,5 +411,5 @@ def post(
 
 
 _word = types.int64
-POST_SIGNATURE = types.boolean(types.int64[::1], *(_word,) * 8, types.float64, *(_word,) * 5)
+POST_SIGNATURE = types.boolean(types.int64[::1], *(_word,) * 8, types.float64, *(_word,) * 4)
 """The signature under which `post` is compiled ahead of its first call."""

@@ -30,6 +30,8 @@ FLOAT_TABLE = 18  # address of the mailboxes' floats
 POSTS = 19  # rounds posted so far
 
 ASLEEP = 20  # 1 while the engine thread sleeps on the worker
+DOZING = 21  # 1 while the mailboxes' doze words are raised
+EXACT = 22  # 1: a credit opens the round that it is asked for and none beyond
 
 LOCK = 24  # 1 while a thread drives the worker
 DRIVERS = 32  # callers that drive or want to
@@ -51,7 +53,7 @@ CHUNK = 6  # bytes
 CHUNKS = 7  # signal words a slot
 CAPACITY = 8  # bytes of a slot's payload
 WINDOW = 9  # chunks in flight
-CREDITS = 10  # local address of the credit window
+CREDITS = 10  # local address of the credits that others gave, by rank: rounds below may be put
 PEERS = 11  # local address of (address, rkey, local pointer or 0) by rank
 REQUESTS = 12  # local address of `WINDOW` requests in flight
 HEADERS = 13  # local address of a ring of message headers
@@ -59,6 +61,8 @@ SLOTS_OFFSET = 14  # of slot 0 in the region, equal on all ranks
 SIGNALS_OFFSET = 15
 OUT_PARAM = 16  # ucp_request_param_t of signal puts
 INDEX = 17  # this row's number
+AHEAD = 18  # how many rounds before it is wanted a credit goes out
+TOLD = 19  # local address of the credits given to others, by rank
 
 # --- mailbox words: of the round under way -----------------------------------------------------
 ROUND = 20  # number
@@ -72,8 +76,7 @@ FROM = 27  # rank received from, -1: none
 OPERATION = 28
 HELD = 29  # 1: do not mix yet
 NEED_CREDIT = 30  # 1: wait for the credit of this round before the first put
-GRANT_NOW = 31  # rank that gets the credit of this round at once, -1: none
-GRANT_NEXT = 32  # rank that gets the credit of round + depth at the end, -1: none
+NEXT_WRITER = 31  # rank that puts round + AHEAD here, -1: none, or not known
 PUT = 33  # chunks put
 SENT = 34  # chunks whose source may change
 MIXED = 35  # chunks mixed
@@ -90,7 +93,13 @@ UNDO = 43  # local address of room for one chunk: the target before it was mixed
 CHECKS = 44  # local address of the checksums that others put, 0: none travel
 CHECKS_OFFSET = 45  # of those in the region, equal on all ranks
 OUT_CHECKS = 46  # local address of the ring of checksums put from
-MAILBOX_WORDS = 47
+
+# --- mailbox words: fixed, continued -----------------------------------------------------------
+NUMBER = 47  # local address of the number of the next round
+DOZE = 48  # local address of the doze word: 1 where a store must be followed by a bell
+DOZE_OFFSET = 49  # of that in the region, equal on all ranks
+CREDITS_OFFSET = 50
+MAILBOX_WORDS = 51
 
 # --- floats of a mailbox -----------------------------------------------------------------------
 ALPHA = 0
@@ -115,7 +124,7 @@ DELTA_FLOAT64 = 4
 AM_DATA = 0
 AM_CREDIT = 1
 AM_BELL = 2
-HEADER_WORDS = 4  # mailbox, round, chunk, epoch
+HEADER_WORDS = 6  # mailbox, round, chunk, epoch, the sender's rank, the credit it gives (0: none)
 HEADER_BYTES = 8 * HEADER_WORDS
 HEADER_RING = 64
 CHECKED_HEADER_BYTES = HEADER_BYTES + 8  # of data with a checksum, which follows

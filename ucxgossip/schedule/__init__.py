@@ -9,7 +9,7 @@ ranks compute the same schedule from the same arguments; nothing is communicated
 they end exactly, after `period` steps. `Living` lays any of them over the ranks that live.
 """
 
-from ucxgossip.schedule.base import ALONE, Round, Schedule, endless, repeats
+from ucxgossip.schedule.base import ALONE, Round, Rounds, Schedule, endless, many, repeats
 from ucxgossip.schedule.check import check_rounds
 from ucxgossip.schedule.circulant import Dissemination, Ring
 from ucxgossip.schedule.finite import Broadcast, GlobalAverage
@@ -31,10 +31,12 @@ __all__ = [
     "Ring",
     "Rotated",
     "Round",
+    "Rounds",
     "Schedule",
     "Strided",
     "check_rounds",
     "endless",
+    "many",
     "repeats",
     "resized",
 ]

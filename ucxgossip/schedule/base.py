@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ucxgossip.errors import ScheduleError
 
 
@@ -44,6 +47,36 @@ class Schedule(Protocol):
 
 
 ALONE = Round(None, None)
+
+Rounds = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]
+"""Many rounds: to, sender (-1: none) and weight, one element each."""
+
+
+def many(schedule: Schedule, ranks: NDArray[np.int64], steps: NDArray[np.int64]) -> Rounds:
+    """``round(ranks[i], steps[i])`` for each i.
+
+    A schedule may have a method ``rounds(ranks, steps)`` that does the same without a loop: one
+    round costs 2 us from Python, a whole exchange over shared memory not much more.
+    """
+    own = getattr(schedule, "rounds", None)
+    if own is not None:
+        found: Rounds = own(ranks, steps)
+        return found
+    parts = [schedule.round(int(r), int(s)) for r, s in zip(ranks, steps, strict=True)]
+    return (
+        np.array([-1 if part.to is None else part.to for part in parts], np.int64),
+        np.array([-1 if part.sender is None else part.sender for part in parts], np.int64),
+        np.array([part.weight for part in parts], np.float64),
+    )
+
+
+def shifted(size: int, ranks: NDArray[np.int64], distances: NDArray[np.int64] | int) -> Rounds:
+    """Rounds in which every rank puts to the one `distances` further."""
+    weights = np.full(len(ranks), 0.5)
+    if size == 1:
+        nobody = np.full(len(ranks), -1, np.int64)
+        return nobody, nobody.copy(), weights
+    return (ranks + distances) % size, (ranks - distances) % size, weights
 
 
 def repeats(schedule: Schedule) -> bool:

@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ucxgossip.schedule.base import ALONE, Round, check_place, check_size, rounds_to_reach
+import numpy as np
+from numpy.typing import NDArray
+
+from ucxgossip.schedule.base import (
+    ALONE,
+    Round,
+    Rounds,
+    check_place,
+    check_size,
+    rounds_to_reach,
+    shifted,
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,10 @@ class Dissemination:
             return ALONE
         distance = 1 << (step % self.period)
         return Round((rank + distance) % self.size, (rank - distance) % self.size)
+
+    def rounds(self, ranks: NDArray[np.int64], steps: NDArray[np.int64]) -> Rounds:
+        """As `schedule.many`."""
+        return shifted(self.size, ranks, 1 << (steps % self.period))
 
     def describe(self) -> str:
         """``Dissemination(8)``."""
@@ -69,6 +84,10 @@ class Ring:
         if self.size == 1:
             return ALONE
         return Round((rank + 1) % self.size, (rank - 1) % self.size)
+
+    def rounds(self, ranks: NDArray[np.int64], steps: NDArray[np.int64]) -> Rounds:
+        """As `schedule.many`."""
+        return shifted(self.size, ranks, 1)
 
     def describe(self) -> str:
         """``Ring(8)``."""

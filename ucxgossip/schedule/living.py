@@ -10,8 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ucxgossip.errors import ScheduleError
-from ucxgossip.schedule.base import ALONE, Round, Schedule, endless, repeats
+from ucxgossip.schedule.base import ALONE, Round, Rounds, Schedule, endless, many, repeats
 from ucxgossip.schedule.circulant import Dissemination, Ring
 from ucxgossip.schedule.finite import Broadcast, GlobalAverage
 from ucxgossip.schedule.nested import Strided
@@ -100,6 +103,20 @@ class Living:
             None if part.to is None else self.members[part.to],
             None if part.sender is None else self.members[part.sender],
             part.weight,
+        )
+
+    def rounds(self, ranks: NDArray[np.int64], steps: NDArray[np.int64]) -> Rounds:
+        """As `schedule.many`."""
+        members = np.array(self.members, np.int64)
+        place_of = np.full(self.schedule.size, -1, np.int64)
+        place_of[members] = np.arange(len(members))
+        places = place_of[ranks]
+        to, sender, weights = many(self._inner, np.maximum(places, 0), steps)
+        dead = places < 0
+        return (
+            np.where((to < 0) | dead, -1, members[to]),
+            np.where((sender < 0) | dead, -1, members[sender]),
+            np.where(dead, ALONE.weight, weights),
         )
 
     def describe(self) -> str:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ucxgossip.schedule.base import (
     ALONE,
     Round,
+    Rounds,
     Schedule,
     check_inner,
     check_place,
     check_size,
     check_whole,
     endless,
+    many,
     rounds_to_reach,
 )
 
@@ -40,6 +43,14 @@ class Shuffles:
             self._blocks[number] = ranks.tolist(), np.argsort(ranks, axis=1).tolist()
         ranks_at, places_of = self._blocks[number]
         return ranks_at[index], places_of[index]
+
+    def many(self, turns: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """As `at`, one row for each of `turns`."""
+        which, inverse = np.unique(turns, return_inverse=True)
+        found = [self.at(int(turn)) for turn in which]
+        ranks_at = np.array([ranks for ranks, _ in found], np.int64)
+        places_of = np.array([places for _, places in found], np.int64)
+        return ranks_at[inverse], places_of[inverse]
 
 
 class Rotated:
@@ -82,6 +93,18 @@ class Rotated:
             None if place.to is None else rank_at[place.to],
             None if place.sender is None else rank_at[place.sender],
             place.weight,
+        )
+
+    def rounds(self, ranks: NDArray[np.int64], steps: NDArray[np.int64]) -> Rounds:
+        """As `schedule.many`."""
+        ranks_at, places_of = self._shuffles.many(steps // self.period)
+        rows = np.arange(len(steps))
+        to, sender, weights = many(self.inner, places_of[rows, ranks], steps)
+        # A place of -1 takes the last column, and is none again.
+        return (
+            np.where(to < 0, -1, ranks_at[rows, to]),
+            np.where(sender < 0, -1, ranks_at[rows, sender]),
+            weights,
         )
 
     def describe(self) -> str:
