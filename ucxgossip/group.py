@@ -49,7 +49,7 @@ from ucxgossip.rendezvous import Rendezvous
 from ucxgossip.schedule import ALONE, Dissemination, Rotated, Round, Schedule, many
 from ucxgossip.store import Place, Solitary, Store, open_store
 from ucxgossip.trust import find_token, new_token
-from ucxgossip.ucp import ops
+from ucxgossip.ucp import lib, ops
 from ucxgossip.ucp.context import TRANSPORTS, Context
 from ucxgossip.ucp.lib import status_name
 from ucxgossip.ucp.memory import MemoryRegion
@@ -68,11 +68,19 @@ _GOODBYE = 3.0
 log = logging.getLogger("ucxgossip")
 
 TUNING: dict[str, Tuning] = {
-    "tcp": Tuning(chunk=1 << 20, window=4),
+    "tcp": Tuning(chunk=1 << 20, window=4, eager=1 << 16),
     "shm": Tuning(chunk=1 << 18, window=16),
-    "auto": Tuning(chunk=1 << 18, window=16),
+    "auto": Tuning(chunk=1 << 18, window=16, eager=1 << 16),
 }
-"""Chunk and window by transport: starting values, to be tuned by measurement."""
+"""Constants by transport. eager: over TCP one message costs half of a put, its signal, its
+acknowledgement and a credit (docs/performance.md)."""
+
+
+def usual_tuning(transport: str) -> Tuning:
+    """`TUNING`, with small messages only where an RDMA device may carry them (not measured)."""
+    found = TUNING[transport]
+    return replace(found, eager=4096) if transport == "auto" and lib.rdma_devices() else found
+
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 _OPERATIONS: dict[str, dict[np.dtype[Any], int]] = {
@@ -144,7 +152,15 @@ def join(
     context, found = None, None
     try:
         context = Context(transport, chosen, estimated_peers=place.size)
-        common = (context, meeting, tuning or TUNING[transport], place, dead_after, verify, note)
+        common = (
+            context,
+            meeting,
+            tuning or usual_tuning(transport),
+            place,
+            dead_after,
+            verify,
+            note,
+        )
         for found in _running_jobs(meeting, place, note):
             with suppress(JobGoneError):
                 return Group(*common, found)

@@ -16,15 +16,19 @@ from ucxgossip.errors import ArgumentError, UCXError
 from ucxgossip.ucp import abi, lib
 from ucxgossip.ucp.resource import Resource
 
+_SEGMENTS = {"TCP_TX_SEG_SIZE": "68k", "TCP_RX_SEG_SIZE": "68k"}
+
 TRANSPORTS: dict[str, dict[str, str]] = {
-    "auto": {"TLS": "^cma,sysv"},
-    "tcp": {"TLS": "tcp"},
+    "auto": {"TLS": "^cma,sysv", **_SEGMENTS},
+    "tcp": {"TLS": "tcp", **_SEGMENTS},
     "shm": {"TLS": "posix"},
 }
 """UCX settings by transport name.
 
 Without cma and sysv: with them larger puts take another lane than small ones, and an endpoint
-fence must then flush (docs/protocol.md).
+fence must then flush (docs/protocol.md). Segments: an active message of 64 KiB goes as one, where
+the usual 8 KiB would cut it into nine. No larger: what the first read of a put brings beyond its
+header, up to a segment, is copied once more (docs/performance.md).
 """
 
 COMMON: dict[str, tuple[str, tuple[int, int, int]]] = {
