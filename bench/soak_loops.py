@@ -221,6 +221,7 @@ def _post(row: Any, plan: Any) -> None:
         0,
         sender_of(plan, rank, number + max(min(plan[DEPTH], 2), plan[DEPTH] // 2)),
         1,
+        0,
     )
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import math
 import mmap
-import operator
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -388,23 +387,29 @@ class Group(Partners):
     def _look_ahead(
         self,
         mailbox: Mailbox,
-        buffer: Buffer,
+        source: Buffer,
+        target: Buffer,
         schedule: Schedule,
-        whole: bool,
-        asked: tuple[Any, ...],
+        asked: tuple[object, ...],
+        stride: int = 1,
+        weight: float = 1.0,
+        how: str = "mix",
+        held: bool = False,
+        whole: bool = False,
+        offset: int = 0,
+        kept: tuple[object, ...] = (),
     ) -> None:
         """Lay out the next rounds of `mailbox` in which no rank takes part that is new to it.
 
         From the second time on that the same is asked for, and not in every round while there are
-        new ranks.
+        new ranks. Round n is that of step ``stride * n + offset``; the rest is as in `post`.
         """
         before, mailbox.itinerary, mailbox.asked = mailbox.asked, None, asked
-        same = before and all(map(operator.is_, before, asked))
-        if not same or mailbox.round < mailbox.look_again:
+        if before != asked or mailbox.round < mailbox.look_again or self._capped:
             return
         with self.steady():
             first, ahead = mailbox.round, mailbox.layout.ahead
-            steps = np.arange(first, first + _FORESEEN + ahead)
+            steps = offset + stride * np.arange(first, first + _FORESEEN + ahead)
             found = many(self.living(schedule), np.full(len(steps), self.rank), steps)
             known = np.array([-1, *mailbox.keys])
             new = ~(np.isin(found[0], known) & np.isin(found[1], known))
@@ -414,18 +419,20 @@ class Group(Partners):
             if count <= ahead:
                 return
             what = Post(
-                source=buffer.address,
-                target=buffer.address,
-                nbytes=buffer.nbytes,
+                source=source.address,
+                target=target.address,
+                nbytes=source.nbytes,
                 to=-1,
                 sender=-1,
-                operation=_OPERATIONS["mix"][buffer.dtype],
-                source_param=buffer.param,
+                operation=_OPERATIONS[how][target.dtype],
+                source_param=source.param,
+                held=int(held),
                 whole=int(whole),
             )
-            parts = (found[0][:count], found[1][:count], found[2][:count])
+            parts = (found[0][:count], found[1][:count], weight * found[2][:count])
+            kept = (source, target, schedule, *kept)
             mailbox.ahead.clear()
-            mailbox.itinerary = Itinerary(asked, first, self.epoch, parts, ahead, what)
+            mailbox.itinerary = Itinerary(asked, first, self.epoch, parts, ahead, what, kept)
 
     def wait(self, mailbox: Mailbox, timeout: float | None = None) -> bool:
         """Block until the mailbox's round has ended; drives the engine meanwhile.
@@ -551,10 +558,7 @@ class Group(Partners):
         if (
             plan is not None
             and mix is True
-            and plan.asked[0] is array
-            and plan.asked[1] is schedule
-            and plan.asked[2] == nonfinite
-            and plan.asked[3] is self
+            and plan.asked == (id(array), id(schedule), nonfinite, id(self))
             and not self._closed
             and self._failure is None
         ):
@@ -600,8 +604,9 @@ class Group(Partners):
             self.post_scheduled(
                 box, buffer, target, chosen, number, how=how, kick=False, whole=looks
             )
-            if mix and not self._capped:
-                self._look_ahead(box, buffer, chosen, looks, (array, schedule, nonfinite, self))
+            if mix:
+                asked, kept = (id(array), id(schedule), nonfinite, id(self)), (array, schedule)
+                self._look_ahead(box, buffer, buffer, chosen, asked, whole=looks, kept=kept)
         whole = self.wait(box)
         if whole and looks:
             found = self.left_out(box)
@@ -652,6 +657,52 @@ class Group(Partners):
             return (this if weight == 1.0 else replace(this, weight=weight * this.weight)), ahead
 
         return self._post(mailbox, source, target, parts, how, held, kick, whole)
+
+    def post_step(
+        self,
+        mailbox: Mailbox,
+        source: Buffer,
+        target: Buffer,
+        schedule: Schedule,
+        step: int,
+        stride: int = 1,
+        weight: float = 1.0,
+        how: str = "mix",
+        held: bool = False,
+        whole: bool = False,
+    ) -> bool:
+        """As `post_scheduled`, for a stream that posts the same each time; False for None.
+
+        The rounds to come are laid out ahead, and cost one call each.
+        """
+        offset = step - stride * mailbox.round
+        same = (id(source), id(target), id(schedule), stride, weight, how, held, whole, offset)
+        plan: Itinerary | None = mailbox.itinerary
+        if plan is not None and plan.asked == same:
+            with self._lock:
+                steady = self._frozen is None and plan.epoch == self.epoch
+                if steady and self._failure is None and not self._closed:
+                    address, index = self.engine.address, mailbox.index
+                    if itinerary.post(address, index, plan.address) == itinerary.POSTED:
+                        return True
+        posted = self.post_scheduled(
+            mailbox, source, target, schedule, step, stride, weight, how, held, whole=whole
+        )
+        if posted is not None:
+            self._look_ahead(
+                mailbox,
+                source,
+                target,
+                schedule,
+                same,
+                stride,
+                weight,
+                how,
+                held,
+                whole,
+                offset,
+            )
+        return posted is not None
 
     def restart(self, mailbox: Mailbox) -> None:
         """Begin anew with all slots free, so that the next round may follow any step.

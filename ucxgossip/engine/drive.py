@@ -191,18 +191,22 @@ def _serve(engine: Any) -> None:
         return
     idle = 0
     asleep = False
+    posts = jit.load_acquire(engine, w.POSTS)
     while (
         not asleep
         and jit.load_acquire(engine, w.DRIVERS) == 0
         and jit.load_acquire(engine, w.STOP) == 0
     ):
+        posts = jit.load_acquire(engine, w.POSTS)
         idle = 0 if drive_once(engine) else idle + 1
         asleep = _may_sleep(engine, idle)
     if asleep:
         jit.store_release(engine, w.ASLEEP, 1)
     jit.store_release(engine, w.LOCK, 0)
     if asleep:
-        _sleep(engine, engine[w.ENGINE_FD], _SLEEP_MS)
+        jit.full_fence()  # whoever posts a round reads ASLEEP after that
+        if jit.load_acquire(engine, w.POSTS) == posts:
+            _sleep(engine, engine[w.ENGINE_FD], _SLEEP_MS)
         jit.store_release(engine, w.ASLEEP, 0)
 
 
@@ -221,7 +225,10 @@ def run(engine: Any) -> None:
             jit.load_acquire(engine, w.DRIVERS) > 0 or jit.load_acquire(engine, w.DRIVES) != drives
         ):
             drives = jit.load_acquire(engine, w.DRIVES)
-            if jit.wait_readable(-1, engine[w.ENGINE_FD], _PARK_MS) & 2:
+            jit.store_release(engine, w.PARKED, 1)
+            kicked = jit.wait_readable(-1, engine[w.ENGINE_FD], _PARK_MS) & 2
+            jit.store_release(engine, w.PARKED, 0)
+            if kicked:
                 jit.drain(engine[w.ENGINE_FD])
                 if jit.load_acquire(engine, w.DRIVERS) == 0:
                     break

@@ -114,7 +114,8 @@ class Engine:
             drive.drive(self.words, -1, jit.now_ns() + _LOCK_NS)
             self.words[w.STOP] = 0
             jit.compile_ahead(rounds.post, rounds.POST_SIGNATURE)
-            jit.compile_ahead(itinerary.exchange, itinerary.SIGNATURE)
+            jit.compile_ahead(itinerary.post, itinerary.POST_SIGNATURE)
+            jit.compile_ahead(itinerary.exchange, itinerary.EXCHANGE_SIGNATURE)
         context.before_close(self.close)
         self._set_handlers()
 
@@ -294,11 +295,9 @@ class Engine:
         self._check_open()
         if not 0 <= mailbox.round < MAX_ROUND:
             raise ArgumentError(f"round {mailbox.round} is out of range")
-        if not rounds.post(self.words, mailbox.index, mailbox.round, *what):
+        if not rounds.post(self.words, mailbox.index, mailbox.round, *what, int(kick)):
             raise ExchangeError(f"mailbox {mailbox.index}: its last round is still under way")
         mailbox.round += 1
-        if kick:
-            jit.kick(int(self.words[w.ENGINE_FD]))
 
     def unhold(self, mailbox: Mailbox) -> None:
         """Let a held round mix."""
@@ -318,6 +317,8 @@ class Engine:
         Returns to Python four times a second, so that signals are handled.
         """
         self._check_open()
+        if self.table.item(mailbox.index, w.STATE) != w.ACTIVE:
+            return True
         deadline = jit.now_ns() + int(timeout * 1e9)
         while True:
             now = jit.now_ns()

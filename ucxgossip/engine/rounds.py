@@ -373,11 +373,12 @@ def post(
     held: int,
     next_writer: int,
     whole: int,
+    kick: int,
 ) -> bool:
     """Start round `number` of mailbox `index`; whoever drives takes it from here.
 
-    The other arguments are the mailbox words of the same names (`words`). False if the last round
-    has not ended.
+    kick: 1 wakes the engine thread, if it sleeps. The other arguments are the mailbox words of the
+    same names (`words`). False if the last round has not ended.
     """
     mailbox, floats = mailbox_words(engine, index), mailbox_floats(engine, index)
     if jit.load_acquire(mailbox, w.STATE) == w.ACTIVE:
@@ -403,13 +404,17 @@ def post(
     mailbox[w.FAILURE] = 0
     mailbox[w.POSTED_NS] = jit.now_ns()
     mailbox[w.TURN] = engine[w.POSTS]
-    engine[w.POSTS] += 1
     floats[w.ALPHA] = alpha
     floats[w.DISTANCE] = 0.0
     jit.store_release(mailbox, w.STATE, w.ACTIVE)
+    jit.fetch_add(engine, w.POSTS, 1)
+    if kick:
+        jit.full_fence()  # it says that it sleeps, then looks whether POSTS has changed
+        if jit.load_acquire(engine, w.ASLEEP) != 0 or jit.load_acquire(engine, w.PARKED) != 0:
+            jit.kick(engine[w.ENGINE_FD])
     return True
 
 
 _word = types.int64
-POST_SIGNATURE = types.boolean(types.int64[::1], *(_word,) * 8, types.float64, *(_word,) * 4)
+POST_SIGNATURE = types.boolean(types.int64[::1], *(_word,) * 8, types.float64, *(_word,) * 5)
 """The signature under which `post` is compiled ahead of its first call."""

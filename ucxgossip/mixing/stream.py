@@ -117,7 +117,7 @@ class InPlace:
     def post(self) -> None:
         """Start a round; the array may not be touched until `wait`."""
         if self.group.size > 1:
-            posted = self.group.post_scheduled(
+            posted = self.group.post_step(
                 self.mailbox,
                 self.buffer,
                 self.buffer,
@@ -126,7 +126,7 @@ class InPlace:
                 held=self.held,
                 whole=self.meter.quarantine.whole,
             )
-            if posted is not None:
+            if posted:
                 self.meter.posted(self.group, self.mailbox)
             self.open = True
         self.position += 1
@@ -278,7 +278,7 @@ class Stale:
         if correction is not None and not self.before:
             self.array += correction
         lane.pending, lane.flying, lane.number = False, True, self.position
-        posted = self.group.post_scheduled(
+        posted = self.group.post_step(
             lane.mailbox,
             lane.snapshot,
             lane.snapshot,
@@ -289,7 +289,7 @@ class Stale:
             how="delta",
             whole=self.meter.quarantine.whole,
         )
-        if posted is not None:
+        if posted:
             self.meter.posted(self.group, lane.mailbox)
         if not self.before:
             self._collect()
