@@ -1,7 +1,8 @@
 """The peers of `bench exchange` over gloo, the backend people use on machines without a GPU.
 
 Both do what one of our rounds does to a float32 array: bring in what others have, leave the mean
-in place. Gloo is bound to the loopback interface; left alone it takes the one of the host's name.
+in place. Gloo is bound to one interface, loopback unless told otherwise; left alone it takes the
+one of the host's name.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ _ITEM = 4  # bytes of a float32
 
 
 @contextmanager
-def gloo_job(deadline_s: float = 60.0, store: Store | None = None) -> Iterator[None]:
+def gloo_job(
+    deadline_s: float = 60.0, store: Store | None = None, interface: str = "lo"
+) -> Iterator[None]:
     """Collective. Be in a gloo process group: RANK, WORLD_SIZE, MASTER_* as torchrun sets them.
 
     `store` is one that the ranks share already; without it rank 0 opens one on MASTER_PORT. No
-    round waits longer than `deadline_s` seconds.
+    round waits longer than `deadline_s` seconds. interface: the network device to use.
     """
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["GLOO_SOCKET_IFNAME"] = interface
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",

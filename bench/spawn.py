@@ -41,10 +41,12 @@ def run_ranks(
     on_line: Callable[[str], None],
     deadline_s: float,
     variables: Callable[[int], Mapping[str, str]] | None = None,
+    through: Callable[[int], Sequence[str]] | None = None,
 ) -> None:
     """Run `python ARGUMENTS` as `ranks` processes of one job and return when all have ended well.
 
-    Each gets the variables torchrun would set, and those of `variables(rank)`. What rank 0 prints
+    Each gets the variables torchrun would set, and those of `variables(rank)`; `through(rank)` is a
+    command that turns into the one after it, such as ``ip netns exec NAME``. What rank 0 prints
     goes to `on_line` line by line. A rank that fails, or a job that outlasts `deadline_s` seconds,
     is a BenchError with the last lines of that rank's standard error.
     """
@@ -59,7 +61,8 @@ def run_ranks(
         for rank in range(ranks):
             environment = rank_environment(rank, ranks, port, token)
             environment.update(variables(rank) if variables else {})
-            processes.append(start_rank(arguments, rank, environment))
+            before = through(rank) if through else ()
+            processes.append(start_rank(arguments, rank, environment, before))
         streams = pipes(processes)
         open_streams = set(streams)
         try:
@@ -84,7 +87,7 @@ def run_ranks(
 def ended(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
     """End the processes in the list, which the block fills, by their ids when the block ends."""
     try:
-        with _sigterm_as_exit():
+        with sigterm_as_exit():
             yield
     finally:
         for process in processes:
@@ -162,11 +165,14 @@ def rank_environment(rank: int, ranks: int, port: int, token: str) -> dict[str, 
 
 
 def start_rank(
-    arguments: Sequence[str], rank: int, environment: Mapping[str, str]
+    arguments: Sequence[str],
+    rank: int,
+    environment: Mapping[str, str],
+    through: Sequence[str] = (),
 ) -> subprocess.Popen[bytes]:
     """A rank's process; what another rank than 0 prints comes with its errors."""
     return subprocess.Popen(
-        [sys.executable, *arguments],
+        [*through, sys.executable, *arguments],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -209,7 +215,7 @@ def _read(descriptor: int) -> bytes:
 
 
 @contextmanager
-def _sigterm_as_exit() -> Iterator[None]:
+def sigterm_as_exit() -> Iterator[None]:
     """Let SIGTERM unwind the stack as Ctrl-C does: by default it ends Python on the spot."""
     if threading.current_thread() is not threading.main_thread():
         yield

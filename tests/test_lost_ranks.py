@@ -5,14 +5,16 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ucxgossip.bench import kills
+from ucxgossip.bench.network import Network
 from ucxgossip.bench.spawn import ended, free_port, lines, pipes, rank_environment, start_rank
+from ucxgossip.errors import BenchError
 from ucxgossip.trust import new_token
 
 pytestmark = pytest.mark.spawn
@@ -57,13 +59,19 @@ class Ranks:
 
 
 @contextmanager
-def started(ranks: int, transport: str, losses: int) -> Iterator[Ranks]:
+def started(
+    ranks: int, transport: str, losses: int, network: Network | None = None
+) -> Iterator[Ranks]:
     port, token = free_port(), new_token()
     processes: list[subprocess.Popen[bytes]] = []
     with ended(processes):
         for rank in range(ranks):
-            variables = rank_environment(rank, ranks, port, token)
-            processes.append(start_rank([SCRIPT, transport, str(losses)], rank, variables))
+            variables, through = rank_environment(rank, ranks, port, token), []
+            if network is not None:
+                variables |= network.variables(rank)
+                through = network.command(rank)
+            script = [SCRIPT, transport, str(losses)]
+            processes.append(start_rank(script, rank, variables, through))
         job = Ranks(processes)
         job.until_all(list(range(ranks)), "going")
         yield job
@@ -108,6 +116,36 @@ def test_a_rank_that_was_stopped_is_left_out_and_told_so(transport: str) -> None
         ends = job.ends([0, 2, 3])
         told = job.ends([1])[1]
     check(ends, [0, 2, 3], [1])
+    assert told["error"].startswith("ExpelledError: ")
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    """Four hosts, for who may make network namespaces."""
+    with ExitStack() as stack:
+        try:
+            made = stack.enter_context(Network(4))
+        except BenchError as error:
+            pytest.skip(str(error))
+        yield made
+
+
+CRASHES = pytest.mark.xfail(
+    strict=False,
+    reason="Engine.renew destroys its worker before it has a new one, and none can be made while "
+    "the device is down: a driver then progresses memory that is freed",
+)
+
+
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=CRASHES), 3])
+def test_a_rank_whose_link_is_cut_is_left_out_and_stops(victim: int, network: Network) -> None:
+    """Nothing breaks and nobody refuses: there is only silence. Rank 0 leads, rank 3 is led."""
+    others = [rank for rank in range(4) if rank != victim]
+    with started(4, "tcp", 1, network) as job:
+        network.cut(victim)
+        ends = job.ends(others)
+        check(ends, others, [victim])
+        told = job.ends([victim])[victim]
     assert told["error"].startswith("ExpelledError: ")
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ucxgossip.bench.commands import add as add_benches
 from ucxgossip.bench.table import parse_sizes, write_json
 from ucxgossip.errors import ArgumentError, GossipError
 from ucxgossip.trust import TOKEN, TOKEN_FILE, new_token
@@ -172,6 +173,7 @@ def parser() -> argparse.ArgumentParser:
     _repeats(exchange, repeats=9, seconds=0.2)
     _train(benches)
     _stragglers(benches)
+    add_benches(benches, _common)
     return top
 
 

@@ -664,6 +664,13 @@ class Warden:
         if link.lost:
             self._lost(link)
 
+    def _probe_leader(self) -> None:
+        """Who waits for the leader of a change need not be one that hears its pulse."""
+        suspects, members = self._agreement.suspects, self.view.members
+        leader = next(rank for rank in members if rank == self.rank or rank not in suspects)
+        if leader not in self._retries:  # whose time would begin anew
+            self._probe(leader)
+
     def _send(self, rank: int, message: Message) -> None:
         link = self._links.get(rank)
         if link is None:
@@ -706,6 +713,7 @@ class Warden:
         elif now - self._changing > _AGAIN_S:
             self._changing = now
             self._agreement.retry()
+            self._probe_leader()
         patience = max(self.dead_after, min(_STRETCH * self._gap, _MOST_S))
         for rank, heard in list(self._heard.items()):
             if now - heard > patience and rank not in self._agreement.suspects:

@@ -1,0 +1,161 @@
+"""The command lines of `ucxgossip bench` step, idle, flat and startup, for `ucxgossip.cli`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from ucxgossip.bench.table import parse_sizes
+from ucxgossip.errors import ArgumentError
+
+Result = tuple[dict[str, object], list[dict[str, Any]]]
+Common = Callable[[argparse.ArgumentParser, Callable[[argparse.Namespace], Result]], None]
+
+
+def add(benches: Any, common: Common) -> None:
+    """Add the four to the subparsers `benches`; common: gives each its action, and --json."""
+    _add_step(benches, common)
+    _add_idle(benches, common)
+    _add_flat(benches, common)
+    _add_startup(benches, common)
+
+
+def parse_counts(text: str) -> list[int]:
+    """Numbers of ranks out of "2,4,8"."""
+    try:
+        return [int(each) for each in text.split(",")]
+    except ValueError:
+        raise ArgumentError(f"--ranks {text!r}: write numbers such as 2,4,8") from None
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _step(options: argparse.Namespace) -> Result:
+    from ucxgossip.bench import step
+
+    return step.run(
+        options.transport,
+        _names(step.MODELS if options.models is None else options.models),
+        options.ranks,
+        _names(step.METHODS if options.methods is None else options.methods),
+        options.cores,
+        options.batch,
+        options.steps,
+        options.repeats,
+    )
+
+
+def _add_step(benches: Any, common: Common) -> None:
+    step = benches.add_parser(
+        "step",
+        help="what communication adds to a model's training step",
+        description="Train small models by each method and without communication, in turn in the "
+        "same processes, one compute thread a rank, and compare the step times. Columns: a step; "
+        "the same without communication (local); their ratio, the median of the repeats, and its "
+        "spread, (max - min) / median; how long the rounds of a step take from post to end, and "
+        "the part of that under compute.",
+        epilog="On two cores: --cores 1 for two ranks that share their cores with their engines; "
+        "--cores 2 for a rank with a core to itself and another for its engine, whose partner does "
+        "not compute but takes as long (bench/step.py says how).",
+    )
+    common(step, _step)
+    step.add_argument("--models", help="lenet, convnet, gpt (default: convnet,gpt)")
+    step.add_argument("--ranks", type=int, default=2, help="processes (default: 2)")
+    step.add_argument(
+        "--methods",
+        help="as for bench train (default: gossip-both-atc,gossip-weights-atc,allreduce); local "
+        "is always measured",
+    )
+    step.add_argument(
+        "--cores",
+        type=int,
+        metavar="N",
+        help="pin each rank to N cores: 1, shared by all its threads, or 2, one for the training "
+        "thread alone (default: not pinned)",
+    )
+    step.add_argument("--batch", type=int, help="samples a rank and step (default: 16; gpt: 8)")
+    step.add_argument(
+        "--steps", type=int, default=100, help="steps of a method in one repeat (default: 100)"
+    )
+    step.add_argument("--repeats", type=int, default=9, help="interleaved repeats (default: 9)")
+
+
+def _idle(options: argparse.Namespace) -> Result:
+    from ucxgossip.bench import idle
+
+    return idle.run(options.transport, parse_counts(options.ranks), options.seconds)
+
+
+def _add_idle(benches: Any, common: Common) -> None:
+    idle = benches.add_parser(
+        "idle",
+        help="CPU time of ranks that have nothing to do",
+        description="Join, do some rounds, then sleep; report the CPU time of a rank's process "
+        "meanwhile, in percent of one core: the rank that took most, the mean, and the engine's "
+        "part of the mean.",
+    )
+    common(idle, _idle)
+    idle.add_argument("--ranks", default="2", help="numbers of processes (default: 2)")
+    idle.add_argument("--seconds", type=float, default=10.0, help="how long (default: 10)")
+
+
+def _flat(options: argparse.Namespace) -> Result:
+    from ucxgossip.bench import flat
+
+    if options.transport not in ("auto", "tcp"):
+        raise ArgumentError("bench flat: only tcp goes over the links between namespaces")
+    return flat.run(
+        parse_counts(options.ranks),
+        parse_sizes(options.sizes),
+        options.rate,
+        options.repeats,
+        options.seconds,
+        options.plot,
+    )
+
+
+def _add_flat(benches: Any, common: Common) -> None:
+    flat = benches.add_parser(
+        "flat",
+        help="exchange time against the number of ranks, on links of one rate",
+        description="Give each rank a network namespace and a link of its own to a bridge, shaped "
+        "to one rate in both directions, and time a round of ours beside gloo's all-reduce on more "
+        "and more ranks. Growth is relative to the fewest ranks; idle is the share of all cores "
+        "that had nothing to do, without which the cores were measured and not the links. Needs "
+        "root and iproute2; what it makes it removes.",
+    )
+    common(flat, _flat)
+    flat.add_argument("--ranks", default="2,4,8", help="numbers of processes (default: 2,4,8)")
+    flat.add_argument("--sizes", default="1MB,4MB", help="bytes (default: 1MB,4MB)")
+    flat.add_argument("--rate", default="200mbit", help="of each link (default: 200mbit)")
+    flat.add_argument("--repeats", type=int, default=7, help="interleaved repeats (default: 7)")
+    flat.add_argument(
+        "--seconds",
+        type=float,
+        default=1.0,
+        help="about how long one method runs in one repeat (default: 1)",
+    )
+    flat.add_argument("--plot", metavar="FILE", help="draw time over ranks as PNG (matplotlib)")
+
+
+def _startup(options: argparse.Namespace) -> Result:
+    from ucxgossip.bench import startup
+
+    return startup.run(options.transport, parse_counts(options.ranks), options.repeats)
+
+
+def _add_startup(benches: Any, common: Common) -> None:
+    startup = benches.add_parser(
+        "startup",
+        help="how long until a rank can train, beyond importing torch",
+        description="Start jobs anew, and time import, join and attach in each rank beyond "
+        "importing torch: the slowest rank, the median of the repeats. A first start, which may "
+        "compile, is not counted. Compiled: functions that the counted starts compiled all the "
+        "same. Import alone: import ucxgossip in a process that has numpy and numba only.",
+    )
+    common(startup, _startup)
+    startup.add_argument("--ranks", default="1,2,4", help="numbers of processes (default: 1,2,4)")
+    startup.add_argument("--repeats", type=int, default=5, help="counted starts (default: 5)")

@@ -1,0 +1,177 @@
+"""`ucxgossip bench step`: what communication adds to the training step of a real model.
+
+Every method, and `local`, which does not communicate, trains replicas of its own in the same
+processes, in blocks that take turns; a method's ratio is its time a step over that of `local` in
+the same repeat. A rank computes with one thread. Its batches are made before the clock starts, and
+a block ends when its rounds have ended.
+
+Where the threads run decides what is measured, so `--cores` pins them:
+
+- ``--cores 1``: a core a rank, for all its threads. The engine takes its time from the compute.
+- ``--cores 2``: two cores a rank, one for the training thread alone, one for the others: the
+  engine, the wardens, gloo's. Machines with fewer than two cores for each rank still have two for
+  one: then rank 0 alone computes, and the others *stand in* on the cores that are left, together
+  with rank 0's engine. A rank that stands in has the same model, optimizer and hooks and takes part
+  in all that is communicated, but in place of forward and backward it sleeps for as long as
+  rank 0's take (without communication), and its gradients are zeros. What rank 0 pays is measured
+  on a core of its own, with partners that are neither early nor late, as on hosts of their own;
+  its engine's core carries the partners' communication too, which is to its disadvantage.
+- neither: the kernel places them.
+
+Rejected for one free core on a machine of two: both training threads on one core and both engines
+on the other. The contention is in `local` as well, but while one rank waits for a round the other
+computes, on a core that `local` would give it too: whatever is waited for comes out as free.
+Rejected also: compute that is a sleep on all ranks (`bench stragglers` does that; here memory and
+caches are to be shared with communication as they are in use).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from ucxgossip.bench.environment import environment
+from ucxgossip.bench.methods import parse
+from ucxgossip.bench.spawn import run_ranks
+from ucxgossip.bench.table import Column, Table
+from ucxgossip.errors import ArgumentError, BenchError
+
+MODELS = "convnet,gpt"
+METHODS = "gossip-both-atc,gossip-weights-atc,allreduce"
+COLUMNS = (
+    Column("model", "model", "", "", 8),
+    Column("ranks", "ranks", "", "d", 5),
+    Column("method", "method", "", "", 26),
+    Column("step_ms", "step", "ms", ".2f", 8),
+    Column("local_ms", "local", "ms", ".2f", 8),
+    Column("ratio", "ratio", "", ".3f", 7),
+    Column("spread", "spread", "%", ".1f", 7),
+    Column("exchange_ms", "exchange", "ms", ".2f", 9),
+    Column("hidden", "hidden", "", ".2f", 7),
+)
+_START_S = 180.0
+_STEP_S = 0.25
+"""A step of a model of ours, generously: for the deadline only."""
+_EASY_BATCH = 16
+
+Row = dict[str, Any]
+
+
+def run(
+    transport: str,
+    models: Sequence[str],
+    ranks: int,
+    methods: Sequence[str],
+    cores: int | None = None,
+    batch: int | None = None,
+    steps: int = 100,
+    repeats: int = 9,
+) -> tuple[dict[str, object], list[Row]]:
+    """Print the table, return (environment, rows): one row for each (model, method).
+
+    `local` comes first, named or not. cores: for each rank, 1 or 2; None: threads are not pinned.
+    batch: samples a rank and step; as in `bench train` by default. steps: of a method in a repeat.
+    exchange_ms: from post to end of all rounds of a step; hidden: the part of that under compute.
+    """
+    from ucxgossip.ucp import lib
+
+    methods = ["local", *(name for name in methods if name != "local")]
+    _check(models, ranks, methods, cores, batch, steps, repeats)
+    library = lib.load()
+    facts = environment(".".join(map(str, library.version)), library.path)
+    computing = ranks if cores != 2 or len(os.sched_getaffinity(0)) >= 2 * ranks else 1
+    facts |= {"transport": transport, "ranks": ranks, "computing": computing, "pinned": cores}
+    facts |= {"batch": batch, "steps": steps, "repeats": repeats}
+    table = Table(COLUMNS)
+    table.header(f"ucxgossip bench step: {ranks} ranks, {computing} of them compute", facts)
+    job = {
+        "transport": transport,
+        "models": list(models),
+        "methods": methods,
+        "cores": cores,
+        "computing": computing,
+        "batch": batch,
+        "steps": steps,
+        "repeats": repeats,
+    }
+    rows: list[Row] = []
+
+    def take(line: str) -> None:
+        if line.startswith("{"):
+            rows.append({**make_row(json.loads(line), transport, ranks), "computing": computing})
+            table.row(rows[-1])
+
+    count = len(models) * len(methods)
+    samples = max(1.0, (batch or 0) / _EASY_BATCH)
+    with tempfile.TemporaryDirectory(prefix="ucxgossip-step-") as folder:
+        path = Path(folder) / "job.json"
+        path.write_text(json.dumps(job))
+        run_ranks(
+            ["-m", "ucxgossip.bench.step_rank", str(path)],
+            ranks,
+            on_line=take,
+            deadline_s=_START_S + (repeats + 1) * count * steps * _STEP_S * samples,
+        )
+    if len(rows) != count:
+        raise BenchError(f"bench step: {len(rows)} rows where {count} were due")
+    return facts, rows
+
+
+def _check(
+    models: Sequence[str],
+    ranks: int,
+    methods: Sequence[str],
+    cores: int | None,
+    batch: int | None,
+    steps: int,
+    repeats: int,
+) -> None:
+    """`ArgumentError` for what cannot be measured."""
+    from ucxgossip.bench import tasks
+
+    there = len(os.sched_getaffinity(0))
+    if ranks < 2:
+        raise ArgumentError(f"bench step: {ranks} ranks; at least 2 communicate")
+    if cores not in (None, 1, 2):
+        raise ArgumentError(f"bench step: cores is {cores}; 1 or 2 for each rank")
+    if cores is not None and there < (ranks if cores == 1 else 2):
+        raise ArgumentError(
+            f"bench step: this process may run on {there} cores, too few to pin {ranks} ranks with "
+            f"--cores {cores}"
+        )
+    for what, number in (("steps", steps), ("repeats", repeats), ("batch", batch)):
+        if number is not None and number < 1:
+            raise ArgumentError(f"bench step: {what} is {number}; must be at least 1")
+    for name in models:
+        if name not in tasks.TASKS:
+            raise ArgumentError(f"unknown model {name!r}; choose one of {', '.join(tasks.TASKS)}")
+    for what, names in (("model", models), ("method", methods)):
+        if not names or len(set(names)) != len(names):
+            raise ArgumentError(f"bench step: name at least one {what}, and none twice")
+    for name in methods:
+        if parse(name).simulated_only:
+            raise ArgumentError(f"bench step: method {name!r} exists in simulation only")
+
+
+def make_row(found: Row, transport: str, ranks: int) -> Row:
+    """A row out of what the ranks found: ms a step by repeat, of the method and of `local`."""
+    pairs = zip(found["step_ms"], found["local_ms"], strict=True)
+    ratios = [mine / local for mine, local in pairs]
+    return {
+        "bench": "step",
+        "transport": transport,
+        "model": found["model"],
+        "ranks": ranks,
+        "method": found["method"],
+        "step_ms": median(found["step_ms"]),
+        "local_ms": median(found["local_ms"]),
+        "ratio": median(ratios),
+        "spread": 100 * (max(ratios) - min(ratios)) / median(ratios),
+        "exchange_ms": found["exchange_ms"],
+        "hidden": found["hidden"],
+    }
