@@ -26,6 +26,7 @@ from ucxgossip.errors import (
     GossipError,
     PeerError,
     RankMissingError,
+    UCXError,
 )
 from ucxgossip.mailbox import Mailbox
 from ucxgossip.members import Facts, View, Warden
@@ -169,17 +170,26 @@ class Membership:
                 if self._frozen is None:
                     self._froze = time.monotonic()
                 self._frozen = epoch
-                self.engine.renew(epoch, elsewhere=self.context.transport != "tcp")
-                assert self._warden is not None
-                self._warden.offer(f"worker {epoch}", self.engine.worker.address)
-                for mailbox in self.engine.mailboxes:
-                    self._offer(mailbox)
+                self._renew(epoch)
             return Facts(
                 tuple(mailbox.round for mailbox in self.engine.mailboxes),
                 *((0, "") if self._warden is None else self._warden.passed),
                 tuple((self.rank, box, count()) for box, count in self._taken.items()),
                 () if self.guest else tuple(clock() for clock in self._clocks),
             )
+
+    def _renew(self, epoch: int) -> None:
+        """A new worker, and where it and the mailboxes are in `epoch`, for others to ask."""
+        assert self._warden is not None
+        try:
+            self.engine.renew(epoch, elsewhere=self.context.transport != "tcp")
+        except UCXError as error:
+            said = f"rank {self.rank} can connect to nobody any more: {error}. Is its network down?"
+            self._end(ExpelledError(said))
+            return
+        self._warden.offer(f"worker {epoch}", self.engine.worker.address)
+        for mailbox in self.engine.mailboxes:
+            self._offer(mailbox)
 
     def _install(self, view: View) -> None:
         """Go on with the members of `view`. In the warden's thread."""

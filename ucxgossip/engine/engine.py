@@ -263,6 +263,7 @@ class Engine:
         """
         self._check_open()
         with self.locked():
+            worker = Worker(self.context)  # first: where the network is gone, it cannot be made
             for mailbox in self.mailboxes:
                 row = self.table[mailbox.index]
                 if row[w.STATE] in (w.ACTIVE, w.FAILED):
@@ -279,7 +280,7 @@ class Engine:
                 self._place(self.table[mailbox.index], mailbox)
             self.worker.forget_users()  # of which this engine is one, and goes on
             self.worker.close()
-            self.worker = Worker(self.context)
+            self.worker = worker
             self.words[w.WORKER] = self.worker.handle
             self.words[w.EVENT_FD] = self.worker.event_fd
             self.words[w.UNSEEN] = 0
