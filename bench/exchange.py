@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,52 +64,54 @@ def run(
         plot.check("bench exchange", figure)
     _check(ranks, against)
     chosen, absent = _present(against)
-    with_mpi = any(peer in MPI_PEERS for peer in chosen)
-    library = lib.load()
-    facts = environment(".".join(map(str, library.version)), library.path)
-    facts["transport"] = transport
-    facts["mpi"] = mpi.version() if with_mpi else None
-    if absent:
-        facts["skipped"] = absent
     jobs = [(count, batch) for count in ranks for batch in _batches(payloads)]
     for count, batch in jobs:
         _check_memory(count, batch, chosen, transport)
-    table = Table(COLUMNS)
-    rows: list[dict[str, Any]] = []
-    begun = False
-
-    def take(line: str) -> None:
-        nonlocal begun
-        if not line.startswith("{"):
-            return
-        said = json.loads(line)
-        if "settings" in said:
-            if not begun:
-                begun = True
-                facts.update(said)
-                title = f"ucxgossip bench exchange, float32, {repeats} repeats, medians"
-                table.header(title, facts)
-            return
-        table.row(said)
-        rows.append(said)
-
+    with_mpi = any(peer in MPI_PEERS for peer in chosen)
+    report = _Report(f"bench exchange, float32, {repeats} repeats, medians", transport)
+    if with_mpi:
+        report.facts |= {"mpi": mpi.version(), "mpi_settings": mpi.in_force(transport)}
+    if absent:
+        report.facts["skipped"] = absent
     for count, batch in jobs:
         arguments = ["-m", "ucxgossip.bench.exchange_rank", "--transport", transport]
         arguments += ["--sizes", ",".join(payload.name for payload in batch)]
         arguments += ["--against", ",".join(chosen)]
         arguments += ["--repeats", str(repeats), "--seconds", str(seconds)]
-        limit = DEADLINE_S * len(batch)
+        start = partial(run_ranks, arguments)
         if with_mpi:
-            command = [*arguments, "--mpirun"]
-            mpi.run_ranks(command, count, transport=transport, on_line=take, deadline_s=limit)
-        else:
-            run_ranks(arguments, count, on_line=take, deadline_s=limit)
+            start = partial(mpi.run_ranks, [*arguments, "--mpirun"], transport=transport)
+        start(count, on_line=report.take, deadline_s=DEADLINE_S * len(batch))
     expected = len(ranks) * len(payloads) * max(1, len(chosen))
-    if len(rows) != expected:
-        raise BenchError(f"bench exchange: {len(rows)} rows where {expected} were due")
+    if len(report.rows) != expected:
+        raise BenchError(f"bench exchange: {len(report.rows)} rows where {expected} were due")
     if figure is not None:
-        _draw(rows, transport, figure)
-    return facts, rows
+        _draw(report.rows, transport, figure)
+    return report.facts, report.rows
+
+
+class _Report:
+    """The environment and the rows, printed as they come from rank 0."""
+
+    def __init__(self, title: str, transport: str) -> None:
+        library = lib.load()
+        self.facts = environment(".".join(map(str, library.version)), library.path)
+        self.facts["transport"] = transport
+        self.rows: list[dict[str, Any]] = []
+        self._title, self._table, self._begun = title, Table(COLUMNS), False
+
+    def take(self, line: str) -> None:
+        """One line of rank 0: the settings in force, which head the table once, or a row."""
+        if not line.startswith("{"):
+            return
+        said = json.loads(line)
+        if "settings" not in said:
+            self._table.row(said)
+            self.rows.append(said)
+        elif not self._begun:
+            self._begun = True
+            self.facts |= said
+            self._table.header(f"ucxgossip {self._title}", self.facts)
 
 
 def _check(ranks: Sequence[int], against: Sequence[str]) -> None:
@@ -153,8 +156,9 @@ def _check_memory(
     largest = max(nbytes for payload in batch for nbytes in payload.arrays)
     received = any(peer in ("gloo_gossip", "mpi_gossip", "mpi_put") for peer in chosen)
     window = "mpi_put" in chosen and transport != "tcp"
+    reduced = 2 * largest // ranks if any("allreduce" in peer for peer in chosen) else 0
     needed = _RANK_BYTES + _COPIES * sum(payload.nbytes for payload in batch)
-    needed += (received + window) * largest
+    needed += (received + window) * largest + reduced
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         name, _, rest = line.partition(":")
         if name == "MemAvailable" and (free := int(rest.split()[0]) << 10) < ranks * needed:
@@ -171,10 +175,9 @@ def _draw(rows: Sequence[dict[str, Any]], transport: str, path: str) -> None:
     curves: dict[plot.Line, plot.Points] = {}
 
     def add(method: str, row: dict[str, Any], key: str) -> None:
-        if row["tensors"] > 1:
-            method = f"{method}, by tensor"
-        points = curves.setdefault(plot.Line(method, f"{row['ranks']} ranks"), {})
-        points[row["bytes"]] = row[key]
+        manner = "by tensor" if row["tensors"] > 1 else ""
+        line = plot.Line(method, manner, f"{row['ranks']} ranks")
+        curves.setdefault(line, {})[row["bytes"]] = row[key]
 
     for row in rows:
         add("ours", row, "ours_us")

@@ -144,6 +144,11 @@ class Copy(Gossip):
             if status:
                 _check(status, self.name)
 
+    def close(self) -> None:
+        """Unmap the memory."""
+        self._rounds.clear()
+        self._memory = np.empty(0, np.uint8)
+
 
 def _shared(rank: int, nbytes: int) -> mmap.mmap:
     """Collective. Memory that all ranks map, made by rank 0 and freed with the last of them."""

@@ -19,6 +19,7 @@ import importlib
 import importlib.util
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -62,6 +63,7 @@ SETTINGS: dict[str, dict[str, str]] = {
 """Open MPI's parameters by transport. On one host, `auto` is shared memory to MPI."""
 
 _HALF = np.float32(0.5)
+_KILL_S = 2.0
 _ASK_S = 60.0
 _ASK = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; "
 _ASK += "print(mpi4py.__version__, MPI.Get_library_version())"
@@ -133,7 +135,7 @@ def run_ranks(
     for name in ("RANK", "LOCAL_RANK"):
         del environment[name]
     processes: list[subprocess.Popen[bytes]] = []
-    tail: deque[str] = deque(maxlen=TAIL_LINES)
+    tail: deque[str] = deque(maxlen=2 * TAIL_LINES)  # of all ranks, and of mpirun
     with ExitStack() as stack:
         command = _mpirun(ranks, transport, _scratch(stack, None), _scratch(stack, "/dev/shm"))
         stack.enter_context(_sessions_ended(processes))
@@ -158,6 +160,13 @@ def run_ranks(
         check_exit(process, job, tail)
 
 
+def in_force(transport: str) -> str:
+    """Open MPI's parameters: those of `SETTINGS`, and the user's, which mpirun passes on."""
+    prefix = "OMPI_MCA_"
+    own = {n.removeprefix(prefix): v for n, v in os.environ.items() if n.startswith(prefix)}
+    return " ".join(f"{name}={value}" for name, value in (own | SETTINGS[transport]).items())
+
+
 def _mpirun(ranks: int, transport: str, session: str, memory: str) -> list[str]:
     """The command in front of python. session, memory: where it may make files."""
     parameters = {
@@ -178,7 +187,9 @@ def _scratch(stack: ExitStack, parent: str | None) -> str:
     """A new folder, removed at the end with what killed processes left in it."""
     if parent is not None and not os.access(parent, os.W_OK):
         parent = None
-    made = tempfile.TemporaryDirectory(prefix="ucxgossip-", dir=parent, ignore_cleanup_errors=True)
+    made = tempfile.TemporaryDirectory(
+        prefix="ucxgossip-mpi-", dir=parent, ignore_cleanup_errors=True
+    )
     return stack.enter_context(made)
 
 
@@ -195,7 +206,17 @@ def _sessions_ended(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
         for process in processes:
             for member in _members(process.pid):
                 with suppress(ProcessLookupError):
-                    os.kill(member, signal.SIGKILL)
+                    _kill(member)
+
+
+def _kill(process_id: int) -> None:
+    """Kill, and wait a little until it has ended: it is no child of ours."""
+    descriptor = os.pidfd_open(process_id)
+    try:
+        os.kill(process_id, signal.SIGKILL)
+        select.select([descriptor], [], [], _KILL_S)
+    finally:
+        os.close(descriptor)
 
 
 def _members(session: int) -> Iterator[int]:

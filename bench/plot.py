@@ -1,7 +1,7 @@
 """Times over sizes as a figure, for the benches that measure several sizes.
 
-A colour is a method, a dash a number of ranks: what is compared keeps its look from figure to
-figure. matplotlib is optional, and its absence is told before anything is measured.
+A colour is a method, a mark the manner in which it was called, a dash the job. matplotlib is
+optional, and its absence is told before anything is measured.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ Points = dict[float, float]
 
 
 class Line(NamedTuple):
-    """One line of the figure: the method, and under which variant of the job it ran."""
+    """One line of the figure: the method, how it was called, and the job that it ran in."""
 
     method: str
-    variant: str
+    manner: str
+    job: str
 
 
 def check(command: str, path: str) -> None:
@@ -43,17 +44,15 @@ def draw(lines: Mapping[Line, Points], title: str, label: str, path: str) -> Non
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    methods = list(dict.fromkeys(line.method for line in lines))
-    variants = list(dict.fromkeys(line.variant for line in lines))
+    methods, manners, jobs = (list(dict.fromkeys(each)) for each in zip(*lines, strict=True))
     figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
     for line, points in lines.items():
-        variant = variants.index(line.variant)
         axes.plot(
             sorted(points),
             [points[size] for size in sorted(points)],
             color=SWATCHES[methods.index(line.method) % len(SWATCHES)],
-            linestyle=DASHES[variant % len(DASHES)],
-            marker=_MARKS[methods.index(line.method) // len(SWATCHES) % len(_MARKS)],
+            linestyle=DASHES[jobs.index(line.job) % len(DASHES)],
+            marker=_MARKS[manners.index(line.manner) % len(_MARKS)],
             markersize=4,
             linewidth=2.2 if line.method == "ours" else 1.2,
             label=", ".join(filter(None, line)),

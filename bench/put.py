@@ -123,5 +123,5 @@ def _draw(rows: Sequence[dict[str, Any]], transport: str, path: str) -> None:
     for method, key in (("ours", "latency_us"), ("ucx_perftest", "peer_latency_us")):
         points = {row["bytes"]: row[key] for row in rows if row[key] is not None}
         if points:
-            curves[plot.Line(method, transport)] = points
+            curves[plot.Line(method, "", transport)] = points
     plot.draw(curves, "One put, medians", "latency, one way (us)", path)
