@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ucxgossip.bench import mpi, plot
+from ucxgossip.bench import mpirun, plot
 from ucxgossip.bench.environment import environment
 from ucxgossip.bench.payloads import Payload
 from ucxgossip.bench.spawn import run_ranks
@@ -70,7 +70,7 @@ def run(
     with_mpi = any(peer in MPI_PEERS for peer in chosen)
     report = _Report(f"bench exchange, float32, {repeats} repeats, medians", transport)
     if with_mpi:
-        report.facts |= {"mpi": mpi.version(), "mpi_settings": mpi.in_force(transport)}
+        report.facts |= {"mpi": mpirun.version(), "mpi_settings": mpirun.in_force(transport)}
     if absent:
         report.facts["skipped"] = absent
     for count, batch in jobs:
@@ -80,7 +80,7 @@ def run(
         arguments += ["--repeats", str(repeats), "--seconds", str(seconds)]
         start = partial(run_ranks, arguments)
         if with_mpi:
-            start = partial(mpi.run_ranks, [*arguments, "--mpirun"], transport=transport)
+            start = partial(mpirun.run_ranks, [*arguments, "--mpirun"], transport=transport)
         start(count, on_line=report.take, deadline_s=DEADLINE_S * len(batch))
     expected = len(ranks) * len(payloads) * max(1, len(chosen))
     if len(report.rows) != expected:
@@ -127,7 +127,7 @@ def _check(ranks: Sequence[int], against: Sequence[str]) -> None:
 def _present(against: Sequence[str]) -> tuple[list[str], str | None]:
     """The peers that can be measured here, and why the others cannot."""
     wanted = [peer for peer in against if peer in MPI_PEERS]
-    why = mpi.why_absent() if wanted else None
+    why = mpirun.why_absent() if wanted else None
     if why is None:
         return list(against), None
     chosen = [peer for peer in against if peer not in wanted]

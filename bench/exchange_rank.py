@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ucxgossip import jit
-from ucxgossip.bench import floors, gloo, mpi
+from ucxgossip.bench import floors, gloo, mpi, mpirun
 from ucxgossip.bench.exchange import DEADLINE_S
 from ucxgossip.bench.payloads import ITEM, Payload, parse
 from ucxgossip.bench.peer import Array, Arrays, Method
@@ -262,7 +262,7 @@ def main() -> None:
     with ExitStack() as stack:
         api = None
         if options.mpirun:
-            mpi.adopt_rank()
+            mpirun.adopt_rank()
             api = stack.enter_context(mpi.mpi_job())
         group = stack.enter_context(join(transport=options.transport))
         stack.enter_context(gloo.gloo_job(DEADLINE_S))

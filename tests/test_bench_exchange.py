@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ucxgossip.bench import exchange, mpi
+from ucxgossip.bench import exchange, mpirun
 from ucxgossip.bench.exchange_rank import check
 from ucxgossip.bench.payloads import parse
 from ucxgossip.bench.peer import Arrays, Gossip
@@ -49,7 +49,7 @@ def test_floors_in_one_run_with_ours(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_mpi_in_one_run_with_ours(tmp_path: Path) -> None:
-    why = mpi.why_absent()
+    why = mpirun.why_absent()
     if why is not None:
         pytest.skip(why)
     path = tmp_path / "rows.json"
@@ -64,7 +64,7 @@ def test_mpi_in_one_run_with_ours(tmp_path: Path) -> None:
 def test_absent_mpi_is_left_out_and_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mpi, "why_absent", lambda: f"no mpirun; {mpi.INSTALL}")
+    monkeypatch.setattr(mpirun, "why_absent", lambda: f"no mpirun; {mpirun.INSTALL}")
     path = tmp_path / "rows.json"
     command = ["bench", "exchange", "--sizes", "8", *SHORT, "--json", str(path), "--against"]
     assert main([*command, "mpi_gossip"]) == 2
@@ -140,6 +140,6 @@ def test_jobs_hold_what_fits_together() -> None:
 def test_more_memory_than_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["bench", "exchange", "--ranks", "100000", "--sizes", "gpt2", "--against", "mpi_put"]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(mpi, "why_absent", lambda: None)
+        patched.setattr(mpirun, "why_absent", lambda: None)
         assert main(command) == 2
     assert "take fewer ranks" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""ucxgossip.bench.mpi: the peers leave the mean they say, and mpirun's ranks always end."""
+"""ucxgossip.bench.mpi, mpirun: the peers leave the mean they say, and mpirun's ranks always end."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ucxgossip.bench import mpi
+from ucxgossip.bench import mpi, mpirun
 from ucxgossip.bench.exchange import MPI_PEERS
-from ucxgossip.bench.mpi import run_ranks
+from ucxgossip.bench.mpirun import run_ranks
 from ucxgossip.errors import BenchError
 
 pytestmark = pytest.mark.spawn
@@ -18,12 +18,12 @@ pytestmark = pytest.mark.spawn
 RANK = """
 import numpy as np
 import torch.distributed as dist
-from ucxgossip.bench import mpi
+from ucxgossip.bench import mpi, mpirun
 from ucxgossip.bench.exchange_rank import check
 from ucxgossip.bench.gloo import gloo_job
 from ucxgossip.bench.peer import Arrays
 
-mpi.adopt_rank()
+mpirun.adopt_rank()
 with mpi.mpi_job() as api, gloo_job(deadline_s=60):
     rank, size = dist.get_rank(), dist.get_world_size()
     assert (api.COMM_WORLD.rank, api.COMM_WORLD.size) == (rank, size)
@@ -40,8 +40,8 @@ with mpi.mpi_job() as api, gloo_job(deadline_s=60):
 """
 PROLOGUE = """
 import os, pathlib, signal, sys
-from ucxgossip.bench import mpi
-mpi.adopt_rank()
+from ucxgossip.bench import mpi, mpirun
+mpirun.adopt_rank()
 rank = int(os.environ["RANK"])
 pathlib.Path(os.environ["FOLDER"], str(rank)).write_text(str(os.getpid()))
 """
@@ -51,7 +51,7 @@ FOREVER = "\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nwhile True: signal.p
 @pytest.fixture
 def here() -> None:
     """Skip where there is no MPI."""
-    why = mpi.why_absent()
+    why = mpirun.why_absent()
     if why is not None:
         pytest.skip(why)
 
@@ -125,20 +125,20 @@ def test_ranks_of_an_mpirun_that_was_killed_are_ended(folder: Path) -> None:
 
 
 def test_ranks_of_another_library_are_refused(here: None) -> None:
-    code = "import os\nfrom ucxgossip.bench import mpi\nos.environ['WORLD_SIZE'] = '3'\n"
+    code = "import os\nfrom ucxgossip.bench import mpi, mpirun\nos.environ['WORLD_SIZE'] = '3'\n"
     with pytest.raises(BenchError, match="different MPI libraries"):
-        run(code + "mpi.adopt_rank()\nwith mpi.mpi_job(): pass\n", 1)
+        run(code + "mpirun.adopt_rank()\nwith mpi.mpi_job(): pass\n", 1)
 
 
 def test_process_without_mpirun_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMPI_COMM_WORLD_RANK", raising=False)
     with pytest.raises(BenchError, match="not started by Open MPI's mpirun"):
-        mpi.adopt_rank()
+        mpirun.adopt_rank()
 
 
 def test_absence_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    why = mpi.why_absent.__wrapped__()
+    why = mpirun.why_absent.__wrapped__()
     assert why is not None
     assert "mpirun" in why and "openmpi-bin" in why and "pip install mpi4py" in why
 
@@ -154,21 +154,21 @@ def test_other_libraries_are_not_the_peer(
     said: str, status: int, word: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = subprocess.CompletedProcess([], status, said, "RuntimeError: cannot load MPI library")
-    monkeypatch.setattr(mpi.subprocess, "run", lambda *_, **__: answer)
+    monkeypatch.setattr(mpirun.subprocess, "run", lambda *_, **__: answer)
     with pytest.raises(BenchError, match=word):
-        mpi.version.__wrapped__()
+        mpirun.version.__wrapped__()
 
 
 def test_version_names_both(monkeypatch: pytest.MonkeyPatch) -> None:
     said = "4.1.2 Open MPI v4.1.4, package: Debian OpenMPI, ident: 4.1.4, repo rev: v4.1.4"
     answer = subprocess.CompletedProcess([], 0, said + "\n", "")
-    monkeypatch.setattr(mpi.subprocess, "run", lambda *_, **__: answer)
-    assert mpi.version.__wrapped__() == "Open MPI 4.1.4, mpi4py 4.1.2"
+    monkeypatch.setattr(mpirun.subprocess, "run", lambda *_, **__: answer)
+    assert mpirun.version.__wrapped__() == "Open MPI 4.1.4, mpi4py 4.1.2"
 
 
 def test_settings_of_the_user_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMPI_MCA_mpi_yield_when_idle", "1")
-    told = mpi.in_force("tcp").split()
+    told = mpirun.in_force("tcp").split()
     assert {"mpi_yield_when_idle=1", "btl=self,tcp", "btl_tcp_if_include=lo"} <= set(told)
 
 
