@@ -1,32 +1,33 @@
-"""`ucxgossip bench exchange`: one whole round, put and in-place mean, beside the peers'.
+"""`ucxgossip bench exchange`: one whole round, put and in-place mean, beside the peers' and floors.
 
 Each job of `ranks` processes runs ours and every peer in the same processes, in turn, size by
 size, so that a figure and the one beside it saw the same machine. A repeat is a block of rounds
-between two barriers; its time is that of the slowest rank, divided by the rounds.
+between two barriers; its time is that of the slowest rank, divided by the rounds. The peers are
+what people use in our place (gloo, Open MPI); the floors are what the machine can do at all.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import time
-from collections.abc import Callable, Sequence
-from statistics import median
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from ucxgossip.bench import mpirun, plot
 from ucxgossip.bench.environment import environment
+from ucxgossip.bench.payloads import Payload
 from ucxgossip.bench.spawn import run_ranks
-from ucxgossip.bench.summary import summarize
 from ucxgossip.bench.table import Column, Table
 from ucxgossip.errors import ArgumentError, BenchError
 from ucxgossip.ucp import lib
 
-PEERS = ("gloo_allreduce", "gloo_gossip")
+MPI_PEERS = ("mpi_allreduce", "mpi_gossip", "mpi_put")
+FLOORS = ("sockets", "copy")
+PEERS = ("gloo_allreduce", "gloo_gossip", *MPI_PEERS, *FLOORS)
 COLUMNS = (
     Column("bytes", "size", "B", "d", 11),
+    Column("tensors", "tensors", "", "d", 7),
     Column("ranks", "ranks", "", "d", 5),
     Column("ours_us", "ours", "us", ".1f", 11),
     Column("ours_p99_us", "p99", "us", ".1f", 11),
@@ -35,155 +36,152 @@ COLUMNS = (
     Column("peer_us", "time", "us", ".1f", 11),
     Column("speedup", "speedup", "", ".2f", 8),
 )
-_DEADLINE_S = 600.0
+DEADLINE_S = 600.0
+
+_JOB_BYTES = 256 << 20
+_RANK_BYTES = 300 << 20
+_COPIES = 3
+"""Of each array a rank has one, and a mailbox of two slots; a group keeps both until it closes."""
 
 
 def run(
     transport: str,
     ranks: Sequence[int],
-    sizes: Sequence[int],
+    payloads: Sequence[Payload],
     against: Sequence[str],
     repeats: int = 9,
     seconds: float = 0.2,
+    figure: str | None = None,
 ) -> tuple[dict[str, object], list[dict[str, Any]]]:
     """Measure, print the table as it grows, return (environment, rows).
 
-    One row for each (ranks, size, peer); without peers one for each (ranks, size). seconds: about
-    how long each method runs in each repeat. spread: (max - min) / median of our repeats.
+    One row for each (ranks, payload, peer); without peers one for each (ranks, payload). Peers
+    that are not installed are left out with a line that says so; `BenchError` where that leaves
+    none. seconds: about how long each method runs in each repeat. spread: (max - min) / median of
+    our repeats. figure: a PNG to draw.
     """
+    if figure is not None:
+        plot.check("bench exchange", figure)
+    _check(ranks, against)
+    chosen, absent = _present(against)
+    jobs = [(count, batch) for count in ranks for batch in _batches(payloads)]
+    for count, batch in jobs:
+        _check_memory(count, batch, chosen, transport)
+    with_mpi = any(peer in MPI_PEERS for peer in chosen)
+    report = _Report(f"bench exchange, float32, {repeats} repeats, medians", transport)
+    if with_mpi:
+        report.facts |= {"mpi": mpirun.version(), "mpi_settings": mpirun.in_force(transport)}
+    if absent:
+        report.facts["skipped"] = absent
+    for count, batch in jobs:
+        arguments = ["-m", "ucxgossip.bench.exchange_rank", "--transport", transport]
+        arguments += ["--sizes", ",".join(payload.name for payload in batch)]
+        arguments += ["--against", ",".join(chosen)]
+        arguments += ["--repeats", str(repeats), "--seconds", str(seconds)]
+        start = partial(run_ranks, arguments)
+        if with_mpi:
+            start = partial(mpirun.run_ranks, [*arguments, "--mpirun"], transport=transport)
+        start(count, on_line=report.take, deadline_s=DEADLINE_S * len(batch))
+    expected = len(ranks) * len(payloads) * max(1, len(chosen))
+    if len(report.rows) != expected:
+        raise BenchError(f"bench exchange: {len(report.rows)} rows where {expected} were due")
+    if figure is not None:
+        _draw(report.rows, transport, figure)
+    return report.facts, report.rows
+
+
+class _Report:
+    """The environment and the rows, printed as they come from rank 0."""
+
+    def __init__(self, title: str, transport: str) -> None:
+        library = lib.load()
+        self.facts = environment(".".join(map(str, library.version)), library.path)
+        self.facts["transport"] = transport
+        self.rows: list[dict[str, Any]] = []
+        self._title, self._table, self._begun = title, Table(COLUMNS), False
+
+    def take(self, line: str) -> None:
+        """One line of rank 0: the settings in force, which head the table once, or a row."""
+        if not line.startswith("{"):
+            return
+        said = json.loads(line)
+        if "settings" not in said:
+            self._table.row(said)
+            self.rows.append(said)
+        elif not self._begun:
+            self._begun = True
+            self.facts |= said
+            self._table.header(f"ucxgossip {self._title}", self.facts)
+
+
+def _check(ranks: Sequence[int], against: Sequence[str]) -> None:
     unknown = [peer for peer in against if peer not in PEERS]
     if unknown:
         raise ArgumentError(
             f"bench exchange: unknown peer {unknown[0]!r}; choose of {', '.join(PEERS)}"
         )
-    odd = [size for size in sizes if size % 4]
-    if odd:
-        raise ArgumentError(f"bench exchange: {odd[0]} bytes are no whole number of float32")
     if min(ranks) < 2:
         raise ArgumentError("bench exchange: an exchange needs at least 2 ranks")
-    library = lib.load()
-    facts = environment(".".join(map(str, library.version)), library.path)
-    facts["transport"] = transport
-    table = Table(COLUMNS)
-    table.header(f"ucxgossip bench exchange, float32, {repeats} repeats, medians", facts)
-    rows: list[dict[str, Any]] = []
-
-    def take(line: str) -> None:
-        if line.startswith("{"):
-            row = json.loads(line)
-            table.row(row)
-            rows.append(row)
-
-    for count in ranks:
-        run_ranks(
-            ["-m", "ucxgossip.bench.exchange", "--transport", transport]
-            + ["--sizes", ",".join(map(str, sizes)), "--against", ",".join(against)]
-            + ["--repeats", str(repeats), "--seconds", str(seconds)],
-            count,
-            on_line=take,
-            deadline_s=_DEADLINE_S * len(sizes),
-        )
-    expected = len(ranks) * len(sizes) * max(1, len(against))
-    if len(rows) != expected:
-        raise BenchError(f"bench exchange: {len(rows)} rows where {expected} were due")
-    return facts, rows
 
 
-class _Job:
-    """One rank of the job: all methods of one size, measured in turn."""
-
-    def __init__(self, group: Any, repeats: int, seconds: float) -> None:
-        import torch.distributed as dist
-
-        self.group, self.repeats, self.seconds, self.dist = group, repeats, seconds, dist
-
-    def _slowest(self, value: float) -> float:
-        """The largest of all ranks' values."""
-        import torch
-
-        tensor = torch.tensor([value], dtype=torch.float64)
-        self.dist.all_reduce(tensor, op=self.dist.ReduceOp.MAX)
-        return float(tensor[0])
-
-    def _block(self, once: Callable[[], object], rounds: int) -> tuple[float, list[float]]:
-        """Mean seconds a round of the slowest rank, and this rank's single rounds."""
-        self.dist.barrier()
-        times = []
-        begun = before = time.perf_counter()
-        for _ in range(rounds):
-            once()
-            now = time.perf_counter()
-            times.append(now - before)
-            before = now
-        return self._slowest((before - begun) / rounds), times
-
-    def measure(self, methods: dict[str, Callable[[], object]]) -> dict[str, dict[str, float]]:
-        """Median and p99 (us) and spread (%) of each method, blocks in turn."""
-        rounds = {}
-        for name, once in methods.items():
-            self._block(once, 3)
-            rounds[name] = max(2, min(20000, round(self.seconds / self._block(once, 3)[0])))
-        blocks: dict[str, list[float]] = {name: [] for name in methods}
-        singles: dict[str, list[float]] = {name: [] for name in methods}
-        for _ in range(self.repeats):
-            for name, once in methods.items():
-                block, times = self._block(once, rounds[name])
-                blocks[name].append(block)
-                singles[name] += times
-        return {
-            name: {
-                "us": median(times) * 1e6,
-                "p99_us": summarize(singles[name]).p99_us,
-                "spread": 100 * (max(times) - min(times)) / median(times),
-            }
-            for name, times in blocks.items()
-        }
+def _present(against: Sequence[str]) -> tuple[list[str], str | None]:
+    """The peers that can be measured here, and why the others cannot."""
+    wanted = [peer for peer in against if peer in MPI_PEERS]
+    why = mpirun.why_absent() if wanted else None
+    if why is None:
+        return list(against), None
+    chosen = [peer for peer in against if peer not in wanted]
+    absent = f"{', '.join(wanted)}: {why}"
+    if not chosen:
+        raise BenchError(f"bench exchange cannot measure {absent}")
+    return chosen, absent
 
 
-def main() -> None:
-    """One rank, started by `run`."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--transport")
-    parser.add_argument("--sizes")
-    parser.add_argument("--against")
-    parser.add_argument("--repeats", type=int)
-    parser.add_argument("--seconds", type=float)
-    options = parser.parse_args()
-    from ucxgossip.bench.gloo import GlooAllreduce, GlooGossip, gloo_job
-    from ucxgossip.group import join
-
-    peers = {each.name: each for each in (GlooAllreduce, GlooGossip)}
-    chosen = [name for name in options.against.split(",") if name]
-    with join(transport=options.transport) as group, gloo_job(_DEADLINE_S):
-        job = _Job(group, options.repeats, options.seconds)
-        for nbytes in map(int, options.sizes.split(",")):
-            array = np.full(nbytes // 4, float(group.rank), np.float32)
-            mailbox = group.mailbox(nbytes)
-
-            def ours(array: Any = array, mailbox: Any = mailbox) -> None:
-                group.exchange(array, mailbox=mailbox)
-
-            methods: dict[str, Callable[[], object]] = {"ours": ours}
-            methods |= {name: peers[name](nbytes).once for name in chosen}
-            result = job.measure(methods)
-            if not np.isfinite(array).all() or not 0 <= array[0] <= group.size:
-                raise BenchError(f"the exchange of {nbytes} bytes gave wrong values")
-            if os.environ["RANK"] == "0":
-                for name in chosen or [""]:
-                    row = {
-                        "bench": "exchange",
-                        "transport": options.transport,
-                        "ranks": group.size,
-                        "bytes": nbytes,
-                        "ours_us": result["ours"]["us"],
-                        "ours_p99_us": result["ours"]["p99_us"],
-                        "spread": result["ours"]["spread"],
-                        "peer": name or None,
-                        "peer_us": result[name]["us"] if name else None,
-                        "speedup": result[name]["us"] / result["ours"]["us"] if name else None,
-                    }
-                    print(json.dumps(row), flush=True)
+def _batches(payloads: Sequence[Payload]) -> Iterator[list[Payload]]:
+    """Payloads that one job measures: a group keeps its mailboxes until it is closed."""
+    batch: list[Payload] = []
+    for payload in payloads:
+        if batch and sum(each.nbytes for each in (*batch, payload)) > _JOB_BYTES:
+            yield batch
+            batch = []
+        batch.append(payload)
+    if batch:
+        yield batch
 
 
-if __name__ == "__main__":
-    main()
+def _check_memory(
+    ranks: int, batch: Sequence[Payload], chosen: Sequence[str], transport: str
+) -> None:
+    """`BenchError` rather than a machine that runs out of memory while others use it."""
+    largest = max(nbytes for payload in batch for nbytes in payload.arrays)
+    received = any(peer in ("gloo_gossip", "mpi_gossip", "mpi_put") for peer in chosen)
+    window = "mpi_put" in chosen and transport != "tcp"
+    reduced = 2 * largest // ranks if any("allreduce" in peer for peer in chosen) else 0
+    needed = _RANK_BYTES + _COPIES * sum(payload.nbytes for payload in batch)
+    needed += (received + window) * largest + reduced
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable" and (free := int(rest.split()[0]) << 10) < ranks * needed:
+            names = ",".join(payload.name for payload in batch)
+            raise BenchError(
+                f"bench exchange: {ranks} ranks need about {ranks * needed / 2**30:.1f} GiB for "
+                f"{names}, and {free / 2**30:.1f} GiB are available; take fewer ranks, or smaller "
+                "sizes, or fewer peers at a time"
+            )
+
+
+def _draw(rows: Sequence[dict[str, Any]], transport: str, path: str) -> None:
+    """Every method's time over size."""
+    curves: dict[plot.Line, plot.Points] = {}
+
+    def add(method: str, row: dict[str, Any], key: str) -> None:
+        manner = "by tensor" if row["tensors"] > 1 else ""
+        line = plot.Line(method, manner, f"{row['ranks']} ranks")
+        curves.setdefault(line, {})[row["bytes"]] = row[key]
+
+    for row in rows:
+        add("ours", row, "ours_us")
+        if row["peer"] is not None:
+            add(row["peer"], row, "peer_us")
+    title = f"One round (exchange and in-place mean), transport {transport}, medians"
+    plot.draw(curves, title, "time of a round (us)", path)

@@ -17,6 +17,7 @@ import numpy as np
 from ucxgossip.bench.blocks import Block, in_turns
 from ucxgossip.bench.gloo import GlooAllreduce, gloo_job
 from ucxgossip.bench.network import DEVICE
+from ucxgossip.bench.peer import Arrays
 from ucxgossip.errors import BenchError
 from ucxgossip.group import Group, join
 
@@ -27,14 +28,15 @@ def measure(group: Group, nbytes: int, repeats: int, seconds: float) -> dict[str
     """Medians (us), spreads and idle cores (%) at one size. Collective."""
     array = np.full(nbytes // 4, float(group.rank), np.float32)
     mailbox = group.mailbox(nbytes)
-    theirs = GlooAllreduce(nbytes)
+    other = np.full(nbytes // 4, float(group.rank), np.float32)
+    theirs = GlooAllreduce(Arrays(group.rank, group.size, [other]))
 
     def ours() -> None:
         group.exchange(array, mailbox=mailbox)
 
     methods: dict[str, Callable[[], object]] = {"ours": ours, "allreduce": theirs.once}
     blocks = in_turns(methods, repeats, seconds)
-    for name, values in (("ours", array), ("allreduce", theirs.tensor.numpy())):
+    for name, values in (("ours", array), ("allreduce", other)):
         if not np.isfinite(values).all() or not 0 <= values[0] <= group.size - 1:
             raise BenchError(f"bench flat: {name} of {nbytes} bytes gave wrong values")
     return {

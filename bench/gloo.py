@@ -20,12 +20,10 @@ import torch.distributed as dist
 # of their import, and with it gloo's threads past destroy_process_group; the process then aborts.
 import torch.distributed.nn
 
-from ucxgossip.errors import ArgumentError
+from ucxgossip.bench.peer import Arrays, Global, Gossip
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store  # which torch.distributed does not export by name
-
-_ITEM = 4  # bytes of a float32
 
 
 @contextmanager
@@ -52,7 +50,7 @@ def gloo_job(
         dist.destroy_process_group()
 
 
-class GlooAllreduce:
+class GlooAllreduce(Global):
     """The global mean: `all_reduce`, then a division by the number of ranks.
 
     Written as a product with 1/p, which torch does in half the time while the tensor is in cache.
@@ -60,45 +58,37 @@ class GlooAllreduce:
 
     name = "gloo_allreduce"
 
-    def __init__(self, nbytes: int) -> None:
-        """Prepare a tensor of `nbytes` bytes that holds this rank's number."""
-        self.tensor = _tensor(nbytes)
-        self._share = 1 / dist.get_world_size()
+    def __init__(self, data: Arrays) -> None:
+        """Work on `data` in place."""
+        self._tensors = [torch.from_numpy(array) for array in data.arrays]
+        self._share = 1 / data.size
 
     def once(self) -> None:
         """Collective. Do one whole round."""
-        dist.all_reduce(self.tensor)
-        self.tensor.mul_(self._share)
+        for tensor in self._tensors:
+            dist.all_reduce(tensor)
+            tensor.mul_(self._share)
 
 
-class GlooGossip:
+class GlooGossip(Gossip):
     """The mean with one partner: `isend` and `irecv` on the dissemination schedule."""
 
     name = "gloo_gossip"
 
-    def __init__(self, nbytes: int) -> None:
-        """Prepare a tensor of `nbytes` bytes that holds this rank's number, and one to receive."""
-        self.tensor = _tensor(nbytes)
-        self._received = torch.empty_like(self.tensor)
-        self._rank, self._size = dist.get_rank(), dist.get_world_size()
-        if self._size == 1:
-            raise ArgumentError("gossip needs at least 2 ranks")
-        self._period = (self._size - 1).bit_length()
-        self._step = 0
+    def __init__(self, data: Arrays) -> None:
+        """Work on `data` in place."""
+        super().__init__(data)
+        inbox = torch.from_numpy(data.inbox)
+        tensors = [torch.from_numpy(array) for array in data.arrays]
+        self._pairs = [(tensor, inbox[: len(tensor)]) for tensor in tensors]
 
     def once(self) -> None:
         """Collective. Do one whole round."""
-        distance = 1 << (self._step % self._period)
-        self._step += 1
-        receiving = dist.irecv(self._received, (self._rank - distance) % self._size)
-        sending = dist.isend(self.tensor, (self._rank + distance) % self._size)
-        for work in (receiving, sending):
-            if work is not None:  # which it is only for a rank outside the group
-                work.wait()
-        self.tensor.lerp_(self._received, 0.5)
-
-
-def _tensor(nbytes: int) -> torch.Tensor:
-    if nbytes < _ITEM or nbytes % _ITEM:
-        raise ArgumentError(f"{nbytes} bytes are not a whole number of float32 ({_ITEM} bytes)")
-    return torch.full((nbytes // _ITEM,), float(dist.get_rank()))
+        to, sender = self.partners[self.turn()]
+        for tensor, received in self._pairs:
+            receiving = dist.irecv(received, sender)
+            sending = dist.isend(tensor, to)
+            for work in (receiving, sending):
+                if work is not None:  # which it is only for a rank outside the group
+                    work.wait()
+            tensor.lerp_(received, 0.5)

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
+from ucxgossip.bench import plot
 from ucxgossip.bench.environment import environment
 from ucxgossip.bench.pair import Pair
 from ucxgossip.bench.perftest import Perftest, find_perftest
+from ucxgossip.bench.summary import summarize
 from ucxgossip.bench.table import Column, Table
 from ucxgossip.errors import ArgumentError, BenchError
 from ucxgossip.ucp import lib
@@ -18,6 +20,7 @@ COLUMNS = (
     Column("bytes", "size", "B", "d", 11),
     Column("transport", "transport", "", "", 9),
     Column("latency_us", "latency", "us", ".2f", 10),
+    Column("latency_p99_us", "p99", "us", ".2f", 10),
     Column("peer_latency_us", "peer", "us", ".2f", 10),
     Column("latency_ratio", "ratio", "", ".2f", 6),
     Column("bandwidth_MBps", "bandwidth", "MB/s", ".1f", 10),
@@ -33,13 +36,18 @@ def run(
     against: str | None,
     repeats: int = 5,
     seconds: float = 0.3,
+    figure: str | None = None,
 ) -> tuple[dict[str, object], list[dict[str, Any]]]:
     """Measure, print the table as it grows, return (environment, rows).
 
     Each size is measured `repeats` times, ours and the peer's in turn, about `seconds` each; the
     figures are medians over the repeats. latency_spread is (max - min) / median of our repeats,
-    in percent.
+    in percent. latency_p99_us is over the samples of all repeats; below 20 us a round trip, a
+    sample is the mean of some round trips, since reading the clock would be seen. figure: a PNG to
+    draw.
     """
+    if figure is not None:
+        plot.check("bench put", figure)
     if against is not None and against not in PEERS:
         raise ArgumentError(f"bench put: unknown peer {against!r}; choose {', '.join(PEERS)}")
     library = lib.load()
@@ -58,6 +66,8 @@ def run(
             rows.append(row)
     if not rows:
         raise BenchError("bench put measured nothing")
+    if figure is not None:
+        _draw(rows, transport, figure)
     return facts, rows
 
 
@@ -71,8 +81,11 @@ def _row(
     samples = max(20, min(5000, round(seconds * 1e6 / (trip_us * batch))))
     first = pair.bandwidth(nbytes, 64)
     puts = max(64, round(seconds * first * 1e6 / nbytes))
+    sampled: list[float] = []
     for _ in range(repeats):
-        ours["latency"].append(median(pair.latency(nbytes, samples, batch)))
+        times = pair.latency(nbytes, samples, batch)
+        sampled += times
+        ours["latency"].append(median(times))
         ours["bandwidth"].append(pair.bandwidth(nbytes, puts))
         if peer is not None:
             theirs["latency"].append(peer.latency(transport, nbytes, seconds=seconds))
@@ -83,6 +96,7 @@ def _row(
         "transport": transport,
         "bytes": nbytes,
         "latency_us": latency,
+        "latency_p99_us": summarize([each * 1e-6 for each in sampled]).p99_us,
         "latency_spread": 100 * (max(ours["latency"]) - min(ours["latency"])) / latency,
         "bandwidth_MBps": bandwidth,
         "peer": None,
@@ -101,3 +115,13 @@ def _row(
             "bandwidth_ratio": bandwidth / peer_bandwidth,
         }
     return row
+
+
+def _draw(rows: Sequence[dict[str, Any]], transport: str, path: str) -> None:
+    """Latencies over sizes, ours and the peer's."""
+    curves: dict[plot.Line, plot.Points] = {}
+    for method, key in (("ours", "latency_us"), ("ucx_perftest", "peer_latency_us")):
+        points = {row["bytes"]: row[key] for row in rows if row[key] is not None}
+        if points:
+            curves[plot.Line(method, "", transport)] = points
+    plot.draw(curves, "One put, medians", "latency, one way (us)", path)

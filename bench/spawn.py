@@ -28,7 +28,7 @@ from typing import TypeVar
 from ucxgossip.errors import ArgumentError, BenchError
 from ucxgossip.trust import TOKEN, new_token
 
-_TAIL_LINES = 20
+TAIL_LINES = 20
 _GRACE_S = 2.0
 
 Key = TypeVar("Key")
@@ -56,7 +56,7 @@ def run_ranks(
     job = f"python {shlex.join(arguments)}"
     port, token = free_port(), os.environ.get(TOKEN) or new_token()
     processes: list[subprocess.Popen[bytes]] = []
-    tails: list[deque[str]] = [deque(maxlen=_TAIL_LINES) for _ in range(ranks)]
+    tails: list[deque[str]] = [deque(maxlen=TAIL_LINES) for _ in range(ranks)]
     with ended(processes):
         for rank in range(ranks):
             environment = rank_environment(rank, ranks, port, token)
@@ -70,14 +70,14 @@ def run_ranks(
                 if line is None:
                     open_streams.discard((rank, name))
                     if not any(owner == rank for owner, _ in open_streams):
-                        _check_exit(processes[rank], f"{job}: rank {rank} of {ranks}", tails[rank])
+                        check_exit(processes[rank], f"{job}: rank {rank} of {ranks}", tails[rank])
                 elif (rank, name) == (0, "stdout"):
                     on_line(line)
                 else:
                     tails[rank].append(line)
         except TimeoutError:
             late = sorted({rank for rank, _ in open_streams})
-            said = "\n".join(f"  rank {rank} said last:\n{_indented(tails[rank])}" for rank in late)
+            said = "\n".join(f"  rank {rank} said last:\n{indented(tails[rank])}" for rank in late)
             raise BenchError(
                 f"{job}: after {deadline_s:g} s these of its {ranks} ranks had not ended:\n{said}"
             ) from None
@@ -190,17 +190,19 @@ def pipes(processes: Sequence[subprocess.Popen[bytes]]) -> dict[tuple[int, str],
     }
 
 
-def _check_exit(process: subprocess.Popen[bytes], who: str, tail: Sequence[str]) -> None:
+def check_exit(process: subprocess.Popen[bytes], who: str, tail: Sequence[str]) -> None:
+    """`BenchError` unless the process, whose output has ended, ends well; tail: its last lines."""
     try:
         status = process.wait(timeout=_GRACE_S)
     except subprocess.TimeoutExpired:
         raise BenchError(f"{who} closed its output but did not end") from None
     if status != 0:
         how = f"with status {status}" if status > 0 else f"on {signal.Signals(-status).name}"
-        raise BenchError(f"{who} ended {how}; its last lines:\n{_indented(tail)}")
+        raise BenchError(f"{who} ended {how}; its last lines:\n{indented(tail)}")
 
 
-def _indented(tail: Sequence[str]) -> str:
+def indented(tail: Sequence[str]) -> str:
+    """Lines as they stand in a message."""
     return "\n".join(f"    {line}" for line in tail) or "    (it printed nothing)"
 
 

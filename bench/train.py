@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ucxgossip.bench import tasks, train_report
 from ucxgossip.bench.environment import environment
+from ucxgossip.bench.plot import check as check_plot
 from ucxgossip.bench.setting import Outcome
 from ucxgossip.bench.spawn import run_ranks
 from ucxgossip.bench.train_plan import Plan, Run, check_shards
@@ -38,7 +39,7 @@ def run(
 ) -> tuple[dict[str, object], list[dict[str, Any]]]:
     """Train, print the table, return (environment, rows): one row a method and number of ranks."""
     if plot:
-        train_report.check_plot(plot)
+        check_plot("bench train", plot)
     facts = _facts(plan, transport)
     task = tasks.load(plan.model)
     for count in plan.ranks:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
+from ucxgossip.bench.plot import DASHES, SWATCHES
 from ucxgossip.bench.setting import Outcome, Setting
-from ucxgossip.errors import ArgumentError, BenchError
+from ucxgossip.errors import ArgumentError
 
 Row = dict[str, Any]
-_SWATCHES = ("#7f7f7f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-_DASHES = ("-", "--", ":")
 
 
 def make_row(
@@ -127,18 +125,6 @@ def _spread(row: Row, key: str, deviation: str) -> str:
     return f"{row[key]:.1f}" + ("" if row[deviation] is None else f" ± {row[deviation]:.1f}")
 
 
-def check_plot(path: str) -> None:
-    """`BenchError` without matplotlib, `ArgumentError` for a path that cannot be written."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise BenchError(
-            "bench train --plot: matplotlib is not installed; run pip install matplotlib"
-        ) from None
-    if not Path(path).resolve().parent.is_dir():
-        raise ArgumentError(f"cannot write {path}: there is no such folder")
-
-
 def draw(rows: Sequence[Row], by_loss: bool, path: str) -> None:
     """Write a PNG: for each number of ranks, the worst replica and the distance over steps."""
     import matplotlib
@@ -158,8 +144,8 @@ def draw(rows: Sequence[Row], by_loss: bool, path: str) -> None:
     )
     for (left, right), count in zip(panels, counts, strict=True):
         for row in (row for row in rows if row["ranks"] == count):
-            turn, place = divmod(names.index(row["method"]), len(_SWATCHES))
-            look = {"color": _SWATCHES[place], "linestyle": _DASHES[turn % len(_DASHES)]}
+            turn, place = divmod(names.index(row["method"]), len(SWATCHES))
+            look = {"color": SWATCHES[place], "linestyle": DASHES[turn % len(DASHES)]}
             curve = row["curve"]
             left.plot(curve["steps"], _gaps(curve[key]), label=row["method"], **look)
             right.plot(curve["steps"], _gaps(curve["consensus"], True), **look)

@@ -485,6 +485,7 @@ CASES: tuple[Case, ...] = (
     Case("command line", "command('bench put --sizes 0.5')", A),
     Case("command line", "command('bench exchange --ranks 2;4')", A),
     Case("command line", "command('bench exchange --against mpi')", A),
+    Case("command line", "command('bench exchange --sizes alexnet')", A),
     Case("command line", "command('bench train --model resnet')", A),
     Case("command line", "command('bench train --methods gossip')", A),
     Case("command line", "command('bench train --methods gossip-deferred')", A),

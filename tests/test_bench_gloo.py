@@ -11,31 +11,18 @@ pytestmark = pytest.mark.spawn
 pytest.importorskip("torch")
 
 RANK = """
-import torch
+import numpy as np
 import torch.distributed as dist
+from ucxgossip.bench.exchange_rank import check
 from ucxgossip.bench.gloo import GlooAllreduce, GlooGossip, gloo_job
-from ucxgossip.errors import ArgumentError
+from ucxgossip.bench.peer import Arrays
 
 with gloo_job(deadline_s=30):
     rank, size = dist.get_rank(), dist.get_world_size()
-    everyone = GlooAllreduce(4000)
-    for _ in range(3):
-        everyone.once()
-        assert torch.allclose(everyone.tensor, torch.full((1000,), (size - 1) / 2))
-    partner = GlooGossip(4000)
-    values = [float(r) for r in range(size)]
-    for step in range(7):
-        distance = 2 ** (step % (size - 1).bit_length())
-        values = [(values[r] + values[(r - distance) % size]) / 2 for r in range(size)]
-        partner.once()
-        assert torch.allclose(partner.tensor, torch.full((1000,), values[rank])), step
-    for nbytes in (0, 2, 6):
-        try:
-            GlooGossip(nbytes)
-        except ArgumentError as error:
-            assert "float32" in str(error)
-        else:
-            raise AssertionError(nbytes)
+    data = Arrays(rank, size, [np.empty(1000, np.float32), np.empty(3, np.float32)])
+    for _ in range(2):
+        check("all", GlooAllreduce(data), data, dist.barrier)
+        check("one", GlooGossip(data), data, dist.barrier)
     # Loopback: no connection of this process has another local address.
     inodes = set()
     import os

@@ -26,6 +26,7 @@ PUT_KEYS = {
     "peer_bandwidth_MBps",
     "latency_ratio",
     "bandwidth_ratio",
+    "latency_p99_us",
 }
 EXCHANGE_KEYS = {
     "bench",
@@ -49,15 +50,18 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("transport", ["tcp", "shm"])
 def test_bench_put(transport: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "put.json"
+    pytest.importorskip("matplotlib")
+    path, figure = tmp_path / "put.json", tmp_path / "put.png"
     sizes = ["--sizes", "8,64K", "--repeats", "2", "--seconds", "0.02"]
     command = ["bench", "put", "--transport", transport, *sizes, "--json", str(path)]
-    assert main([*command, "--against", "ucx_perftest"]) == 0
+    assert main([*command, "--against", "ucx_perftest", "--plot", str(figure)]) == 0
+    assert figure.read_bytes().startswith(b"\x89PNG")
     found = rows(path)
     assert [row["bytes"] for row in found] == [8, 65536]
     for row in found:
         assert set(row) >= PUT_KEYS
         assert row["latency_us"] > 0 < row["bandwidth_MBps"]
+        assert row["latency_p99_us"] > 0
         assert row["latency_ratio"] == pytest.approx(row["latency_us"] / row["peer_latency_us"])
     assert len([line for line in capsys.readouterr().out.splitlines() if line[0] != "#"]) == 2
 
@@ -108,6 +112,9 @@ def test_schedules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ["schedules", "--ranks", "two"],
         ["schedules", "--ranks", "4,1"],
         ["bench", "exchange", "--sizes", "6"],
+        ["bench", "exchange", "--sizes", "alexnet"],
+        ["bench", "exchange", "--sizes", "8", "--plot", "/nowhere/at/all.png"],
+        ["bench", "put", "--plot", "/nowhere/at/all.png"],
         ["bench", "exchange", "--against", "carrier_pigeon"],
     ],
     ids=" ".join,
@@ -133,6 +140,7 @@ def test_bad_arguments_exit_with_2(
         ["bench", "idle", "--help"],
         ["bench", "flat", "--help"],
         ["bench", "startup", "--help"],
+        ["bench", "exchange", "--help"],
         ["run", "--help"],
         ["token", "--help"],
     ],

@@ -5,6 +5,7 @@ import fcntl
 import importlib.util
 import os
 import select
+import socket
 import subprocess
 import sys
 import tempfile
@@ -373,6 +374,67 @@ def test_wait_readable_wakes_when_kicked(run: Any, bells: tuple[int, int]) -> No
     wait(-1, -1, 0), wake.compile("void(int64)")
     ready, _ = in_threads(lambda: run(*bells, DEADLINE_MS), lambda: wake(bells[1]))
     assert ready == 2
+
+
+# --- streams -------------------------------------------------------------------------------------
+
+
+@uncached
+def read_some(descriptor: int, address: int, nbytes: int) -> int:
+    return jit.read_some(descriptor, address, nbytes)
+
+
+@uncached
+def write_some(descriptor: int, address: int, nbytes: int) -> int:
+    return jit.write_some(descriptor, address, nbytes)
+
+
+@uncached
+def wait_stream(readable: int, writable: int, timeout_ms: int) -> bool:
+    return jit.wait_stream(readable, writable, timeout_ms)
+
+
+@both(read_some)
+def test_read_some_takes_what_is_there(run: Any) -> None:
+    memory = np.zeros(8, np.uint8)
+    near, far = socket.socketpair()
+    with near:
+        near.setblocking(False)
+        with far:
+            assert run(near.fileno(), memory.ctypes.data, 8) == -1
+            far.sendall(b"abc")
+            assert run(near.fileno(), memory.ctypes.data + 2, 6) == 3
+        assert bytes(memory) == b"\0\0abc\0\0\0"
+        assert run(near.fileno(), memory.ctypes.data, 8) == 0
+
+
+@both(write_some)
+def test_write_some_gives_what_is_taken(run: Any) -> None:
+    memory = np.arange(1 << 20, dtype=np.uint8)
+    near, far = socket.socketpair()
+    with near:
+        near.setblocking(False)
+        with far:
+            assert run(near.fileno(), memory.ctypes.data + 7, 3) == 3
+            assert far.recv(8) == bytes([7, 8, 9])
+            while run(near.fileno(), memory.ctypes.data, memory.nbytes) > 0:
+                pass  # until it is full
+        assert run(near.fileno(), memory.ctypes.data, 1) == -1
+
+
+@both(wait_stream)
+def test_wait_stream(run: Any) -> None:
+    near, far = socket.socketpair()
+    with near:
+        assert run(near.fileno(), -1, 0) and run(-1, near.fileno(), DEADLINE_MS)
+        start = time.monotonic()
+        assert run(near.fileno(), near.fileno(), DEADLINE_MS)  # it takes bytes
+        with far:
+            far.sendall(b"a")
+            assert run(near.fileno(), -1, DEADLINE_MS)
+        assert not run(near.fileno(), near.fileno(), DEADLINE_MS)
+        assert not run(-1, near.fileno(), DEADLINE_MS)
+        assert time.monotonic() - start < DEADLINE
 
 
 # --- callbacks and compiling ahead -------------------------------------------------------------

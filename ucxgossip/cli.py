@@ -27,16 +27,28 @@ def _doctor(options: argparse.Namespace) -> Result:
 def _bench_put(options: argparse.Namespace) -> Result:
     from ucxgossip.bench import put
 
-    sizes = parse_sizes(options.sizes)
-    return put.run(options.transport, sizes, options.against, options.repeats, options.seconds)
+    return put.run(
+        options.transport,
+        parse_sizes(options.sizes),
+        options.against,
+        options.repeats,
+        options.seconds,
+        options.plot,
+    )
 
 
 def _bench_exchange(options: argparse.Namespace) -> Result:
-    from ucxgossip.bench import exchange
+    from ucxgossip.bench import exchange, payloads
 
-    peers = _names(options.against)
-    ranks, sizes = _whole("--ranks", options.ranks, "2,4,8"), parse_sizes(options.sizes)
-    return exchange.run(options.transport, ranks, sizes, peers, options.repeats, options.seconds)
+    return exchange.run(
+        options.transport,
+        _whole("--ranks", options.ranks, "2,4,8"),
+        payloads.parse(options.sizes),
+        _names(options.against),
+        options.repeats,
+        options.seconds,
+        options.plot,
+    )
 
 
 def _schedules(options: argparse.Namespace) -> Result:
@@ -154,27 +166,51 @@ def parser() -> argparse.ArgumentParser:
 
     put = benches.add_parser("put", help="latency and bandwidth of puts, beside ucx_perftest")
     _common(put, _bench_put)
-    put.add_argument("--sizes", default="8,64K,4M", help="bytes, such as 8,64K,102.4MB")
+    put.add_argument(
+        "--sizes", default="8,64K,4M", help="bytes, such as 8,4K,64K,1M,4M,64M (64 MiB and less)"
+    )
     put.add_argument("--against", choices=["ucx_perftest"], help="measure this peer as well")
     _repeats(put, repeats=5, seconds=0.3)
-
-    exchange = benches.add_parser(
-        "exchange", help="whole rounds (put and in-place mean) beside all-reduce"
-    )
-    _common(exchange, _bench_exchange)
-    exchange.add_argument("--ranks", default="2,4", help="numbers of processes, such as 2,4,8")
-    exchange.add_argument("--sizes", default="8,64K,4M", help="bytes, such as 8,64K,102.4MB")
-    exchange.add_argument(
-        "--against",
-        default="",
-        metavar="PEERS",
-        help="peers to measure as well: gloo_allreduce,gloo_gossip",
-    )
-    _repeats(exchange, repeats=9, seconds=0.2)
+    _plot(put, "latencies over sizes")
+    _exchange(benches)
     _train(benches)
     _stragglers(benches)
     add_benches(benches, _common)
     return top
+
+
+def _exchange(benches: Any) -> None:
+    exchange = benches.add_parser(
+        "exchange",
+        help="whole rounds (put and in-place mean) beside all-reduce and MPI",
+        description="Time one whole round: every rank's float32 array becomes the mean of its own "
+        "and a partner's (all-reduce: of all), in place. All methods run in turn in the same "
+        "processes, after each was seen to leave the right mean. Columns: our time and its 99th "
+        "percentile; the spread of our repeats; the peer's time; peer's time over ours.",
+        epilog="Peers: gloo_allreduce and gloo_gossip (isend and irecv); mpi_allreduce, mpi_gossip "
+        "(sendrecv) and mpi_put, by Open MPI, which need mpirun (apt-get install openmpi-bin) and "
+        "mpi4py (pip install mpi4py), and are left out with a message without them. Floors, what "
+        "the machine can do at all: sockets (plain TCP, both directions at once) and copy (memory "
+        "that the ranks share). A model with /tensors is run tensor by tensor by the peers; ours "
+        "posts all its tensors and then waits for all.",
+    )
+    _common(exchange, _bench_exchange)
+    exchange.add_argument("--ranks", default="2,4", help="numbers of processes, such as 2,4,8")
+    exchange.add_argument(
+        "--sizes",
+        default="8,64K,4M",
+        help="bytes, such as 8,64K,102.4MB, or models: lenet, resnet50, gpt2 (one array of the "
+        "model's size), resnet50/tensors, gpt2/tensors (its tensors as so many arrays)",
+    )
+    exchange.add_argument(
+        "--against",
+        default="",
+        metavar="PEERS",
+        help="what to measure as well: gloo_allreduce, gloo_gossip, mpi_allreduce, mpi_gossip, "
+        "mpi_put, sockets, copy; separated by commas",
+    )
+    _repeats(exchange, repeats=9, seconds=0.2)
+    _plot(exchange, "times over sizes")
 
 
 def _stragglers(benches: Any) -> None:
@@ -283,7 +319,7 @@ def _train(benches: Any) -> None:
         help="all ranks in one process: accuracies only, by the same schedule and mix; without it "
         "each rank is a process",
     )
-    train.add_argument("--plot", metavar="FILE", help="draw the runs as PNG (needs matplotlib)")
+    _plot(train, "the runs")
 
 
 def _common(command: argparse.ArgumentParser, action: Callable[..., Result]) -> None:
@@ -296,6 +332,10 @@ def _common(command: argparse.ArgumentParser, action: Callable[..., Result]) -> 
 
 def _json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", metavar="FILE", help="write the environment and the rows here")
+
+
+def _plot(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("--plot", metavar="FILE", help=f"draw {what} as PNG (needs matplotlib)")
 
 
 def _repeats(command: argparse.ArgumentParser, repeats: int, seconds: float) -> None:

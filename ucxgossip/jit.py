@@ -242,7 +242,7 @@ _read = external("read", types.int64, types.int32, types.voidptr, types.uint64)
 _write = external("write", types.int64, types.int32, types.voidptr, types.uint64)
 
 _CLOCK_MONOTONIC = 1
-_POLLIN = 1
+_POLLIN, _POLLOUT, _POLLERR, _POLLHUP = 1, 4, 8, 16
 
 
 @intrinsic
@@ -331,7 +331,64 @@ def _write_word(descriptor: int, value: int) -> None:
     _write(descriptor, space, 8)
 
 
+# --- libc: streams ------------------------------------------------------------------------------
+
+
+def read_some(descriptor: int, address: int, nbytes: int) -> int:
+    """read(2) into memory: how many bytes, 0 at the end, -1 where none came (or it failed)."""
+    try:
+        return os.readv(int(descriptor), [memoryview(view_bytes(address, nbytes))])
+    except OSError:
+        return -1
+
+
+def _read_some(descriptor: int, address: int, nbytes: int) -> int:
+    return _read(descriptor, _as_pointer(address), nbytes)  # type: ignore[no-any-return]
+
+
+def write_some(descriptor: int, address: int, nbytes: int) -> int:
+    """write(2) out of memory: how many bytes, -1 where none were taken (or it failed)."""
+    try:
+        return os.write(int(descriptor), memoryview(view_bytes(address, nbytes)))
+    except OSError:
+        return -1
+
+
+def _write_some(descriptor: int, address: int, nbytes: int) -> int:
+    return _write(descriptor, _as_pointer(address), nbytes)  # type: ignore[no-any-return]
+
+
+def wait_stream(readable: int, writable: int, timeout_ms: int) -> bool:
+    """poll(2) until `readable` has bytes or an end, or `writable` takes some (-1: none).
+
+    False when `writable` has failed: its other side is gone.
+    """
+    if int(readable) == int(writable):
+        events = [(int(readable), _POLLIN | _POLLOUT)]
+    else:
+        events = [(int(readable), _POLLIN), (int(writable), _POLLOUT)]
+    poller = select.poll()
+    for descriptor, mask in events:
+        if descriptor >= 0:
+            poller.register(descriptor, mask)
+    ready = dict(poller.poll(timeout_ms))
+    return not ready.get(int(writable), 0) & (_POLLERR | _POLLHUP)
+
+
+def _wait_stream(readable: int, writable: int, timeout_ms: int) -> bool:
+    space = _scratch()
+    words = numba.carray(space, (2,), np.int64)
+    words[0] = (readable & 0xFFFFFFFF) | (_POLLIN << 32)
+    words[1] = (writable & 0xFFFFFFFF) | (_POLLOUT << 32)
+    if _poll(space, 2, timeout_ms) <= 0:
+        return True
+    return ((words[1] >> 48) & (_POLLERR | _POLLHUP)) == 0  # type: ignore[no-any-return]
+
+
 compiled_as(now_ns, _now_ns)
+compiled_as(read_some, _read_some)
+compiled_as(write_some, _write_some)
+compiled_as(wait_stream, _wait_stream)
 compiled_as(write_word, _write_word)
 compiled_as(yield_cpu, lambda: _sched_yield())
 compiled_as(wait_readable, _wait_readable)

@@ -1,0 +1,277 @@
+"""One rank of `bench exchange`, started by `exchange.run`: every method of a size in turn.
+
+Before anything is timed each method does every round of its period once, from values that tell
+ranks and places apart, and what it leaves is compared element by element: a figure of a method
+that does not average is none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from ucxgossip import jit
+from ucxgossip.bench import floors, gloo, mpi, mpirun
+from ucxgossip.bench.exchange import DEADLINE_S
+from ucxgossip.bench.payloads import ITEM, Payload, parse
+from ucxgossip.bench.peer import Array, Arrays, Method
+from ucxgossip.bench.summary import summarize
+from ucxgossip.buffer import Buffer
+from ucxgossip.errors import BenchError
+from ucxgossip.group import Group, join
+from ucxgossip.mailbox import Mailbox
+from ucxgossip.schedule import Dissemination, Rotated
+
+_PATTERN = 251
+_TOLERANCE = 1e-3
+_ALIGNMENT = 64
+
+
+class Ours:
+    """Our round: one array by `Group.exchange`; of several, all are posted and then waited for."""
+
+    name = "ours"
+
+    def __init__(self, group: Group, data: Arrays) -> None:
+        """Collective. Open a mailbox for each array."""
+        self._group = group
+        self._schedule = Rotated(Dissemination(group.size), seed=0)
+        self._pairs = [(group.mailbox(array.nbytes), array) for array in data.arrays]
+        self._posts = [(box, Buffer.of(array)) for box, array in self._pairs]
+        self.once = self._exchange if len(self._pairs) == 1 else self._exchange_all
+        self._first: Mailbox = self._pairs[0][0]
+
+    def _exchange(self) -> None:
+        ((box, array),) = self._pairs
+        self._group.exchange(array, schedule=self._schedule, mailbox=box)
+
+    def _exchange_all(self) -> None:
+        group, schedule = self._group, self._schedule
+        for box, buffer in self._posts:
+            group.post_step(box, buffer, buffer, schedule, box.round, whole=True)
+        for box, _ in self._posts:
+            if not group.wait(box) or group.left_out(box):
+                raise BenchError(f"the exchange of mailbox {box.index} did not end whole")
+
+    def partner(self) -> int | None:
+        """Whose values the next round averages with this rank's."""
+        return self._schedule.round(self._group.rank, self._first.round).sender
+
+    def close(self) -> None:
+        """Nothing: the group keeps its mailboxes."""
+
+
+@jit.njit
+def fill(array: Any, first: Any) -> None:
+    """Values that tell ranks (`first`) and places apart."""
+    for i in range(len(array)):
+        array[i] = first + i % _PATTERN
+
+
+@jit.njit
+def misplaced(array: Any, first: Any) -> int:
+    """The first place that does not hold what `fill` writes there; -1 if all do."""
+    for i in range(len(array)):
+        if not abs(array[i] - (first + i % _PATTERN)) <= _TOLERANCE:
+            return i
+    return -1
+
+
+def check(name: str, method: Method, data: Arrays, barrier: Callable[[], object]) -> None:
+    """Collective. Do each round of the period from known values; `BenchError` if the mean is not.
+
+    Nobody's values change before all have begun: only what a method promises is relied on.
+    """
+    for _ in range((data.size - 1).bit_length()):
+        partner = method.partner()
+        for array in data.arrays:
+            fill(array, np.float32(data.rank))
+        barrier()
+        method.once()
+        mean = (data.size - 1) / 2 if partner is None else (data.rank + partner) / 2
+        for number, array in enumerate(data.arrays):
+            place = misplaced(array, np.float32(mean))
+            if place >= 0:
+                raise BenchError(
+                    f"{name}, {data.size} ranks: element {place} of array {number} "
+                    f"({array.nbytes} bytes) is {array[place]:g} on rank {data.rank}, and the "
+                    f"mean is {mean + place % _PATTERN:g}"
+                )
+
+
+class Job:
+    """One rank of the job: all methods of one size, measured in turn."""
+
+    def __init__(self, repeats: int, seconds: float) -> None:
+        import torch.distributed as dist
+
+        self.repeats, self.seconds, self.dist = repeats, seconds, dist
+
+    def _slowest(self, value: float) -> float:
+        """The largest of all ranks' values."""
+        import torch
+
+        tensor = torch.tensor([value], dtype=torch.float64)
+        self.dist.all_reduce(tensor, op=self.dist.ReduceOp.MAX)
+        return float(tensor[0])
+
+    def _block(self, once: Callable[[], object], rounds: int) -> tuple[float, list[float]]:
+        """Mean seconds a round of the slowest rank, and this rank's single rounds."""
+        self.dist.barrier()
+        times = []
+        begun = before = time.perf_counter()
+        for _ in range(rounds):
+            once()
+            now = time.perf_counter()
+            times.append(now - before)
+            before = now
+        return self._slowest((before - begun) / rounds), times
+
+    def measure(self, methods: Mapping[str, Method]) -> dict[str, dict[str, float]]:
+        """Median and p99 (us) and spread (%) of each method, blocks in turn."""
+        rounds = {}
+        for name, method in methods.items():
+            self._block(method.once, 3)
+            rounds[name] = max(2, min(20000, round(self.seconds / self._block(method.once, 3)[0])))
+        blocks: dict[str, list[float]] = {name: [] for name in methods}
+        singles: dict[str, list[float]] = {name: [] for name in methods}
+        for _ in range(self.repeats):
+            for name, method in methods.items():
+                block, times = self._block(method.once, rounds[name])
+                blocks[name].append(block)
+                singles[name] += times
+        return {
+            name: {
+                "us": median(times) * 1e6,
+                "p99_us": summarize(singles[name]).p99_us,
+                "spread": 100 * (max(times) - min(times)) / median(times),
+            }
+            for name, times in blocks.items()
+        }
+
+
+def allocate(group: Group, payload: Payload) -> Arrays:
+    """The payload's arrays, one behind the other as a model's are in a bucket, registered."""
+    starts, end = [], 0
+    for nbytes in payload.arrays:
+        starts.append(end)
+        end += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+    region = group.allocate(end)
+    arrays: list[Array] = [
+        region.view(np.float32, nbytes // ITEM, start)
+        for start, nbytes in zip(starts, payload.arrays, strict=True)
+    ]
+    return Arrays(group.rank, group.size, arrays)
+
+
+def make(names: Sequence[str], data: Arrays, api: Any, transport: str) -> dict[str, Method]:
+    """Collective. The methods by name; api: mpi4py's MPI, or None where no peer needs it."""
+    plain: tuple[Callable[[Arrays], Method], ...]
+    plain = (gloo.GlooAllreduce, gloo.GlooGossip, floors.Sockets, floors.Copy)
+    by_mpi = {each.name: each for each in mpi.METHODS}
+    others = {str(vars(each)["name"]): each for each in plain}
+    return {
+        name: by_mpi[name](data, api, transport) if name in by_mpi else others[name](data)
+        for name in names
+    }
+
+
+def row(
+    transport: str,
+    ranks: int,
+    payload: Payload,
+    ours: Mapping[str, float],
+    name: str,
+    peer: Mapping[str, float] | None,
+) -> dict[str, Any]:
+    """What is printed of one size beside one peer, or beside none ("")."""
+    return {
+        "bench": "exchange",
+        "transport": transport,
+        "ranks": ranks,
+        "bytes": payload.nbytes,
+        "payload": payload.name,
+        "tensors": len(payload.arrays),
+        "ours_us": ours["us"],
+        "ours_p99_us": ours["p99_us"],
+        "spread": ours["spread"],
+        "peer": name or None,
+        "peer_us": peer["us"] if peer else None,
+        "peer_p99_us": peer["p99_us"] if peer else None,
+        "peer_spread": peer["spread"] if peer else None,
+        "speedup": peer["us"] / ours["us"] if peer else None,
+    }
+
+
+def in_force(group: Group) -> dict[str, str]:
+    """UCX settings of the group's context, those of the environment among them, and its Tuning."""
+    settings = {
+        name.removeprefix("UCX_"): value
+        for name, value in sorted(os.environ.items())
+        if name.startswith("UCX_")
+    }
+    settings |= group.context.settings
+    return {
+        "settings": " ".join(f"{name}={value}" for name, value in settings.items()),
+        "tuning": " ".join(f"{name}={value}" for name, value in asdict(group.tuning).items()),
+    }
+
+
+def measure_payload(
+    group: Group, job: Job, payload: Payload, names: Sequence[str], api: Any, transport: str
+) -> None:
+    """Collective. Check and measure ours and the methods of `names`; rank 0 prints the rows."""
+    data = allocate(group, payload)
+    methods: dict[str, Method] = {"ours": Ours(group, data)}
+    methods |= make(names, data, api, transport)
+    for name, method in methods.items():
+        check(name, method, data, job.dist.barrier)
+    found = job.measure(methods)
+    for array in data.arrays:
+        if not np.isfinite(array).all():
+            raise BenchError(f"{payload.name}: the rounds that were timed gave no finite values")
+    if group.rank == 0:
+        for name in names or [""]:
+            line = row(transport, group.size, payload, found["ours"], name, found.get(name))
+            print(json.dumps(line), flush=True)
+    job.dist.barrier()
+    for method in methods.values():
+        method.close()
+
+
+def main() -> None:
+    """Measure what the arguments say; rank 0 prints a JSON object a line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--transport")
+    parser.add_argument("--sizes")
+    parser.add_argument("--against")
+    parser.add_argument("--repeats", type=int)
+    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--mpirun", action="store_true")
+    options = parser.parse_args()
+    names = [name for name in options.against.split(",") if name]
+    with ExitStack() as stack:
+        api = None
+        if options.mpirun:
+            mpirun.adopt_rank()
+            api = stack.enter_context(mpi.mpi_job())
+        group = stack.enter_context(join(transport=options.transport))
+        stack.enter_context(gloo.gloo_job(DEADLINE_S))
+        if group.rank == 0:
+            print(json.dumps(in_force(group)), flush=True)
+        job = Job(options.repeats, options.seconds)
+        for payload in parse(options.sizes):
+            measure_payload(group, job, payload, names, api, options.transport)
+
+
+if __name__ == "__main__":
+    main()
