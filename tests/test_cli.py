@@ -86,6 +86,7 @@ def test_doctor(transport: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     facts = json.loads(path.read_text())["environment"]
     assert facts["target_must_progress"] is (transport == "tcp")
     assert facts["ucx_origin"] in ("wheel", "system", "environment")
+    assert "chunk=" in facts["tuning"] and facts["slots"].endswith("more: 2")
     for row in rows(path):
         assert row["latency_us"] > 0 < row["bandwidth_MBps"]
     assert "# " in capsys.readouterr().out

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +24,8 @@ from ucxgossip.bench.environment import environment
 from ucxgossip.bench.pair import Pair
 from ucxgossip.bench.table import Column, Table
 from ucxgossip.errors import BenchError, GossipError
+from ucxgossip.group import usual_tuning
+from ucxgossip.mailbox import SMALL, usual_depth
 from ucxgossip.ucp import lib
 
 SIZES = (8, 4096, 65536, 1 << 20, 4 << 20)
@@ -56,6 +59,7 @@ def run(
     facts |= found["facts"]
     left = segments.stale()
     facts["stale_segments"] = len(left)
+    facts |= _tuning(transport)
     table = Table(COLUMNS)
     table.header("ucxgossip doctor: puts between two processes of this machine", facts)
     rows: list[dict[str, Any]] = found["rows"]
@@ -65,6 +69,16 @@ def run(
         print(f"# {advice}")
     _report(left, remove_stale)
     return facts, rows
+
+
+def _tuning(transport: str) -> dict[str, object]:
+    """The constants that a group over `transport` takes, if `join(tuning=)` names no others."""
+    constants = asdict(usual_tuning(transport))
+    slots = ", ".join(f"{nbytes} B: {usual_depth(nbytes)}" for nbytes in (8, SMALL // 2, SMALL))
+    return {
+        "tuning": " ".join(f"{name}={value}" for name, value in constants.items()),
+        "slots": f"{slots}, more: {usual_depth(SMALL + 1)}",
+    }
 
 
 def _report(left: list[segments.Segment], remove: bool) -> None:
