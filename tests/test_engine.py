@@ -4,9 +4,11 @@ The whole file also runs with NUMBA_DISABLE_JIT=1 (test_interpreted.py), where t
 the handlers and the UCX calls are plain Python.
 """
 
+import ast
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -654,3 +656,15 @@ def test_too_many_mailboxes_is_a_named_error(transport: str) -> None:
     second.close()
     engine.close()
     context.close()
+
+
+def test_no_word_has_two_meanings() -> None:
+    """A name that is given twice is the last one's value everywhere."""
+    names = [
+        target.id
+        for node in ast.parse(Path(w.__file__).read_text()).body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    ]
+    assert len(names) == len(set(names)) > 60

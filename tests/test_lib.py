@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -217,3 +218,41 @@ def test_library_checks_its_calls() -> None:
     library("good", 1)
     with pytest.raises(UCXError, match=r"^bad: ERR_INVALID_PARAM \(-5\)$"):
         library("bad", 1)
+
+
+# --- hooks in libc's memory functions ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "during"),
+    [
+        (None, None, "none"),
+        (None, "bistro", "bistro"),
+        ("rdma", None, None),
+        ("gpu", None, None),
+    ],
+)
+def test_ucx_patches_libc_only_where_a_device_needs_it(
+    device: str | None,
+    given: str | None,
+    during: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name, found, seen = "UCX_MEM_MMAP_HOOK_MODE", lib.load(), []
+    (tmp_path / "mlx5_0").touch()
+    nothing = tmp_path / "nothing"
+    monkeypatch.setattr(lib, "_RDMA_DEVICES", tmp_path if device == "rdma" else nothing)
+    monkeypatch.setattr(lib, "_GPU_DEVICES", (tmp_path if device == "gpu" else nothing,))
+    monkeypatch.delenv(name, raising=False)
+    if given is not None:
+        monkeypatch.setenv(name, given)
+
+    def find() -> tuple[str, str, ctypes.CDLL]:
+        seen.append(os.environ.get(name))
+        return found.path, found.origin, ctypes.CDLL(found.path)
+
+    monkeypatch.setattr(lib, "_find", find)
+    lib.load.__wrapped__()
+    assert seen == [during]
+    assert os.environ.get(name) == given

@@ -196,6 +196,8 @@ class Mailbox:
     @property
     def credits(self) -> NDArray[np.int64]:
         """The credits that others gave, by rank: rounds below may be put to it."""
+        if self.region.closed:
+            return np.zeros(self.layout.ranks, np.int64)
         return self.region.view(np.int64, self.layout.ranks, self.layout.credits)
 
     def _lay_out(self) -> None:

@@ -42,9 +42,10 @@ class Tuning:
     Measured: spins and yields (docs/performance.md). The others are starting values.
 
     eager: largest payload (bytes) that travels in one message with its signal. spins, yields:
-    idle passes before yielding, and before sleeping. chunk (bytes) and window (chunks): what is
-    put, signalled and mixed at a time, and how many may be in flight. endpoints: connections to
-    other ranks that are kept; beyond it the one that was not used for longest is closed.
+    idle passes before yielding, and (at most) before sleeping. chunk (bytes) and window (chunks):
+    what is put, signalled and mixed at a time, and how many may be in flight. endpoints:
+    connections to other ranks that are kept; beyond it the one that was not used for longest is
+    closed.
     """
 
     eager: int = 4096
@@ -138,7 +139,7 @@ class Engine:
         words[w.EAGER] = self.tuning.eager
         words[w.RING] = ring
         words[w.SPINS] = self.tuning.spins
-        words[w.YIELDS] = self.tuning.yields
+        words[w.YIELDS] = words[w.PATIENCE] = self.tuning.yields
         words[w.PLAIN] = ctypes.addressof(self._plain)
         words[w.EAGER_PARAM] = ctypes.addressof(self._eager)
 

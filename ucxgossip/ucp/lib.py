@@ -8,6 +8,10 @@ system's library as the last resort.
 libucp is bound directly because ucx-py is archived and ucxx exposes no put. Every function is
 looked up here by ctypes before LLVM may see its name: an unresolved symbol in compiled code is a
 segmentation fault.
+
+While it loads, UCX patches the memory functions of libc one by one, and waits 5 ms for each: 0.4 s
+of a start. It does so to notice memory that is unmapped, for its caches of registrations (RDMA) and
+of kinds of memory (GPU). Where there is neither device the patching is turned off, for this load.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ import ctypes
 import ctypes.util
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +33,8 @@ from ucxgossip.ucp.abi import Handle, Status, size_t, uint64
 
 ENVIRONMENT_VARIABLE = "UCXGOSSIP_LIBUCP"
 _RDMA_DEVICES = Path("/sys/class/infiniband")
+_GPU_DEVICES = (Path("/dev/nvidiactl"), Path("/dev/kfd"))
+_HOOKS = "UCX_MEM_MMAP_HOOK_MODE"
 
 _status = ctypes.c_int8
 _p = Handle
@@ -148,6 +155,22 @@ def rdma_devices() -> list[str]:
     return sorted(entry.name for entry in _RDMA_DEVICES.glob("*"))
 
 
+@contextmanager
+def _unpatched() -> Iterator[None]:
+    """Load UCX without hooks in libc's memory functions, where nothing here needs them.
+
+    libucm reads this while it is loaded, from the environment alone; what the user set wins.
+    """
+    if _HOOKS in os.environ or rdma_devices() or any(each.exists() for each in _GPU_DEVICES):
+        yield
+        return
+    os.environ[_HOOKS] = "none"
+    try:
+        yield
+    finally:
+        del os.environ[_HOOKS]
+
+
 def _find() -> tuple[str, str, ctypes.CDLL]:
     system = ("system", _open_system)
     wheel = ("wheel", _open_wheel)
@@ -191,5 +214,6 @@ def bind(path: str, origin: str, dll: ctypes.CDLL) -> Library:
 @lru_cache(maxsize=1)
 def load() -> Library:
     """The libucp of this process, found once."""
-    path, origin, dll = _find()
+    with _unpatched():
+        path, origin, dll = _find()
     return bind(path, origin, dll)
