@@ -237,12 +237,12 @@ def test_description_of_another_layout() -> None:
     blob = (4096).to_bytes(8, "little") + (1409).to_bytes(8, "little") + b"key"
     with pytest.raises(ArgumentError, match="rank 5 has a mailbox of 1409 bytes .* has 1408"):
         parse_description(blob, Layout(100, 2, 32), rank=5)
-    blob = (4096).to_bytes(8, "little") + (1152).to_bytes(8, "little") + b"key"
+    blob = (4096).to_bytes(8, "little") + (1408).to_bytes(8, "little") + b"key"
     assert parse_description(blob, Layout(100, 2, 32), rank=5) == (4096, b"key")
 
 
-@pytest.mark.parametrize("address", [0, (1 << 63) - 1152, 1 << 63, (1 << 64) - 1])
+@pytest.mark.parametrize("address", [0, (1 << 63) - 1408, 1 << 63, (1 << 64) - 1])
 def test_description_of_an_address_that_cannot_be(address: int) -> None:
-    blob = address.to_bytes(8, "little") + (1152).to_bytes(8, "little") + b"key"
+    blob = address.to_bytes(8, "little") + (1408).to_bytes(8, "little") + b"key"
     with pytest.raises(ArgumentError, match=f"rank 5 published a mailbox at address {address:#x}"):
         parse_description(blob, Layout(100, 2, 32), rank=5)
