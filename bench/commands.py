@@ -114,6 +114,7 @@ def _flat(options: argparse.Namespace) -> Result:
         options.repeats,
         options.seconds,
         options.plot,
+        options.keep_windows,
     )
 
 
@@ -131,6 +132,11 @@ def _add_flat(benches: Any, common: Common) -> None:
     flat.add_argument("--ranks", default="2,4,8", help="numbers of processes (default: 2,4,8)")
     flat.add_argument("--sizes", default="1MB,4MB", help="bytes (default: 1MB,4MB)")
     flat.add_argument("--rate", default="200mbit", help="of each link (default: 200mbit)")
+    flat.add_argument(
+        "--keep-windows",
+        action="store_true",
+        help="let TCP keep its congestion window over a pause (tcp_slow_start_after_idle=0)",
+    )
     flat.add_argument("--repeats", type=int, default=7, help="interleaved repeats (default: 7)")
     flat.add_argument(
         "--seconds",

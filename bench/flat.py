@@ -57,6 +57,7 @@ def run(
     repeats: int = 7,
     seconds: float = 1.0,
     plot: str | None = None,
+    keep_windows: bool = False,
 ) -> tuple[dict[str, object], list[Row]]:
     """Measure, print the table as it grows, return (environment, rows): one for (ranks, size)."""
     from ucxgossip.ucp import lib
@@ -69,6 +70,7 @@ def run(
     library = lib.load()
     facts = environment(".".join(map(str, library.version)), library.path)
     facts |= {"transport": "tcp", "rate": rate, "repeats": repeats, "seconds": seconds}
+    facts["keep_windows"] = keep_windows
     table = Table(COLUMNS)
     table.header("ucxgossip bench flat: one round on links of one rate, float32, medians", facts)
     rows: list[Row] = []
@@ -82,7 +84,7 @@ def run(
     wire_s = sum(8 * size / bits for size in sizes)
     rounds_s = 2 * (repeats + 1) * (seconds * len(sizes) + _ROUNDS_AT_LEAST * _SLACK * wire_s)
     with (
-        Network(max(ranks), rate) as network,
+        Network(max(ranks), rate, keep_windows) as network,
         tempfile.TemporaryDirectory(prefix="ucxgossip-flat-") as folder,
     ):
         path = Path(folder) / "job.json"

@@ -63,19 +63,23 @@ def check() -> None:
             )
 
 
+_KEEP = "net.ipv4.tcp_slow_start_after_idle=0"
+
+
 class Network:
     """Namespaces for `ranks` ranks on one bridge, while a `with` block lasts.
 
     rate: of each link, in each direction, such as "200mbit"; None: as fast as the machine is.
+    keep_windows: TCP keeps its congestion window over a pause (the kernel forgets it by default).
     `BenchError` where it cannot be made.
     """
 
-    def __init__(self, ranks: int, rate: str | None = None) -> None:
+    def __init__(self, ranks: int, rate: str | None = None, keep_windows: bool = False) -> None:
         if not 1 <= ranks <= MOST_RANKS:
             raise ArgumentError(f"a network of {ranks} ranks; must be 1 to {MOST_RANKS}")
         if rate is not None:
             bits_per_second(rate)
-        self.ranks, self.rate = ranks, rate
+        self.ranks, self.rate, self._keep_windows = ranks, rate, keep_windows
         stem = f"ucxgossip-{secrets.token_hex(4)}"
         self.names = [f"{stem}-{rank}" for rank in range(ranks)]
         self.hub = f"{stem}-hub"
@@ -112,6 +116,8 @@ class Network:
             self._made.append(name)  # before it is there: the command may be broken off
             _call("ip", "netns", "add", name)
             _call("ip", "-n", name, "link", "set", "lo", "up")
+            if self._keep_windows:
+                _call("ip", "netns", "exec", name, "sysctl", "-qw", _KEEP)
         _call("ip", "-n", self.hub, "link", "add", _BRIDGE, "type", "bridge")
         _call("ip", "-n", self.hub, "link", "set", _BRIDGE, "up")
         for rank, name in enumerate(self.names):
