@@ -19,7 +19,7 @@ from ucxgossip.ucp import Context, RemoteKey
 class Engines:
     """Rank r's engine is ``engines[r]``, its mailbox ``boxes[r]``. Close it, or use it in `with`.
 
-    nbytes, depth: of each mailbox. settings: of UCX; the loopback device by default.
+    nbytes, depth, ring: of each mailbox. settings: of UCX; the loopback device by default.
     """
 
     def __init__(
@@ -30,11 +30,12 @@ class Engines:
         depth: int,
         tuning: Tuning,
         settings: Mapping[str, str] | None = None,
+        ring: bool = False,
     ) -> None:
         chosen = {"NET_DEVICES": "lo", **(settings or {})}
         self.engines: list[Engine] = []
         self.boxes: list[Mailbox] = []
-        layout = Layout(nbytes, depth, tuning.chunk, ranks=ranks)
+        layout = Layout(nbytes, depth, tuning.chunk, ranks=ranks, ring=ring)
         try:
             for rank in range(ranks):
                 context = Context(transport, chosen, estimated_peers=ranks)

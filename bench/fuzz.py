@@ -30,7 +30,7 @@ from ucxgossip.board import Board
 from ucxgossip.engine import handlers
 from ucxgossip.engine import words as w
 from ucxgossip.errors import ArgumentError, BenchError, GossipError
-from ucxgossip.mailbox import MAX_ROUND, Layout, parse_description, signal_word
+from ucxgossip.mailbox import MAX_POSITION, Layout, parse_description
 from ucxgossip.rendezvous import Rendezvous
 from ucxgossip.store import Solitary
 from ucxgossip.trust import Seal
@@ -48,7 +48,12 @@ _GUARD = 4096
 _GUARD_BYTE = 0xA5
 _EPOCH = 3
 _RANKS = 5
-_LAYOUTS = (Layout(200, 3, 64), Layout(64, 1, 64), Layout(5000, 2, 1024))
+_LAYOUTS = (
+    Layout(200, 3, 64),
+    Layout(64, 1, 64),
+    Layout(5000, 2, 1024),
+    Layout(5000, 2, 1024, ring=True),
+)
 _BATCH = 20_000
 
 Count = tuple[int, int, int]
@@ -229,12 +234,13 @@ class Arena:
         self.credits, self.signals, self.slots = [], [], []
         for row, layout in zip(self.table, _LAYOUTS, strict=True):
             credits = self._carve(8 * _RANKS).view(np.int64)
-            signals = self._carve(8 * layout.depth * layout.chunks).view(np.int64)
-            slots = [self._carve(layout.nbytes) for _ in range(layout.depth)]
+            signals = self._carve(8 * layout.places).view(np.int64)
+            slots = [self._carve(layout.slot_bytes) for _ in range(layout.depth)]
             stride = slots[-1].ctypes.data - slots[-2].ctypes.data if layout.depth > 1 else 0
             row[w.SLOTS], row[w.STRIDE] = slots[0].ctypes.data, stride
             row[w.SIGNALS], row[w.CREDITS] = signals.ctypes.data, credits.ctypes.data
-            row[w.DEPTH], row[w.CHUNK] = layout.depth, layout.chunk
+            row[w.PLACES], row[w.PER_SLOT] = layout.places, layout.per_slot
+            row[w.CHUNK] = layout.chunk
             row[w.CHUNKS], row[w.CAPACITY] = layout.chunks, layout.nbytes
             self.credits.append(credits)
             self.signals.append(signals)
@@ -266,7 +272,7 @@ class Arena:
         if not 0 <= self.words[w.UNSEEN] <= w.UNSEEN_MAX:
             return f"{self.words[w.UNSEEN]} bells are noted"
         for credits, signals in zip(self.credits, self.signals, strict=True):
-            if not ((credits >= 0) & (credits <= MAX_ROUND)).all():
+            if not ((credits >= 0) & (credits <= MAX_POSITION)).all():
                 return "a credit is out of range"
             if not (signals[signals != 0] >> 48 == _EPOCH).all():
                 return "a signal of another epoch was raised"
@@ -291,7 +297,7 @@ def _storm(
 
 
 _EDGES = np.array(
-    [0, 1, -1, 2, 3, 4, 5, 1 << 31, 1 << 32, MAX_ROUND - 1, MAX_ROUND, 1 << 48, 1 << 62]
+    [0, 1, -1, 2, 3, 4, 5, 1 << 31, 1 << 32, MAX_POSITION - 1, MAX_POSITION, 1 << 48, 1 << 62]
     + [-(1 << 63), (1 << 63) - 1],
     np.int64,
 )
@@ -368,14 +374,14 @@ def _fitting(
     found: NDArray[np.bool_] = (
         known
         & (headers[:, 1] >= 0)
-        & (headers[:, 1] < MAX_ROUND)
+        & (headers[:, 1] < MAX_POSITION // chunks)
         & (headers[:, 2] >= 0)
         & (headers[:, 2] < chunks)
         & (headers[:, 3] == _EPOCH)
         & (headers[:, 4] >= 0)
         & (headers[:, 4] < _RANKS)
         & (headers[:, 5] >= 0)
-        & (headers[:, 5] <= MAX_ROUND)
+        & (headers[:, 5] <= MAX_POSITION)
         & ((idents != w.AM_DATA) | (lengths <= room))
     )
     return found
@@ -389,7 +395,7 @@ def _arrivals(engine: Any, index: int, numbers: Any, chunks: Any, places: Any, w
     taken = 0
     for i in range(len(words)):
         signals[places[i]] = words[i]
-        expected = signal_word(engine[w.EPOCH], numbers[i])
+        expected = handlers.word_of(engine, mailbox, numbers[i], chunks[i])
         if handlers.arrived(engine, mailbox, numbers[i], chunks[i]) != (words[i] == expected):
             return -1
         taken += words[i] == expected
@@ -404,11 +410,12 @@ def signals(inputs: int, draw: random.Random, told: Callable[[str], None]) -> Co
         count = min(_BATCH, inputs - start)
         index = int(numbers.integers(len(_LAYOUTS)))
         layout = _LAYOUTS[index]
-        rounds = numbers.integers(0, 1 << numbers.integers(1, 47, count))
+        rounds = numbers.integers(0, (1 << numbers.integers(1, 47, count)) // layout.chunks + 1)
         chunks = numbers.integers(0, layout.chunks, count)
-        places = (rounds % layout.depth) * layout.chunks + chunks
-        right = (_EPOCH << 48) | (rounds + 1)
-        near = right + numbers.choice([-layout.depth, -1, 1, layout.depth, 1 << 48], count)
+        positions = rounds * layout.chunks + chunks
+        places = positions % layout.places
+        right = (_EPOCH << 48) | (positions + 1)
+        near = right + numbers.choice([-layout.places, -1, 1, layout.places, 1 << 48], count)
         flip = right ^ (1 << numbers.integers(0, 63, count))
         junk = numbers.integers(-(1 << 63), (1 << 63) - 1, count, endpoint=True)
         words = np.choose(numbers.integers(0, 4, count), [right, near, flip, junk])

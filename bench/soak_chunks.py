@@ -31,7 +31,7 @@ from ucxgossip.bench.table import Column, Table
 from ucxgossip.engine import Engine, Tuning
 from ucxgossip.errors import BenchError
 from ucxgossip.group import Group, join
-from ucxgossip.mailbox import Mailbox
+from ucxgossip.mailbox import Layout, Mailbox
 from ucxgossip.ucp import MemoryRegion
 from ucxgossip.ucp.lib import status_name
 
@@ -79,7 +79,7 @@ except ProcessLookupError:
 
 @dataclass(frozen=True)
 class Case:
-    """One setting, and how many rounds each rank does in it. chunk: bytes."""
+    """One setting, and how many rounds each rank does in it. chunk: bytes. ring: depth chunks."""
 
     transport: str
     way: str
@@ -90,6 +90,7 @@ class Case:
     rounds: int
     seed: int
     patience_s: float = _PATIENCE_S
+    ring: bool = False
 
     @property
     def capacity(self) -> int:
@@ -104,7 +105,8 @@ class Case:
     def plan(self) -> NDArray[np.int64]:
         """What the compiled loop is told."""
         plan = np.zeros(loops.PLAN, np.int64)
-        plan[loops.SEED], plan[loops.RANKS], plan[loops.DEPTH] = self.seed, self.ranks, self.depth
+        layout = Layout(self.capacity, self.depth, self.chunk, ring=self.ring)
+        plan[loops.SEED], plan[loops.RANKS], plan[loops.AHEAD] = self.seed, self.ranks, layout.ahead
         plan[loops.CHUNK], plan[loops.CAPACITY] = self.chunk, self.capacity
         plan[loops.ROUNDS] = self.rounds
         plan[loops.SHARED] = self.way != "thread"
@@ -113,14 +115,17 @@ class Case:
 
 
 def cases(transport: str, way: str, chunks: int, seed: int) -> Iterator[Case]:
-    """Settings that share at least `chunks` exchanges: two to four ranks, one to three slots."""
-    settings = [(ranks, depth) for ranks in (2, 3, 4) for depth in (1, 2, 3)]
+    """Settings that share at least `chunks` exchanges: two to four ranks, one to three slots, each
+    as large as a round or (a ring) as a chunk.
+    """
+    kinds = [(1, False), (2, False), (3, False), (1, True), (2, True), (3, True)]
+    settings = [(ranks, *kind) for ranks in (2, 3, 4) for kind in kinds]
     if way != "thread":
-        settings = [(2, 1), (2, 2), (3, 3)]
-    for index, (ranks, depth) in enumerate(settings):
+        settings = [(2, 1, False), (2, 2, False), (3, 3, False), (2, 1, True), (3, 2, True)]
+    for index, (ranks, depth, ring) in enumerate(settings):
         chunk = _CHUNKS[(index + index // 3) % len(_CHUNKS)]
         window = 1 + (index + seed) % 4
-        case = Case(transport, way, ranks, depth, chunk, window, 1, seed + 1000 * index)
+        case = Case(transport, way, ranks, depth, chunk, window, 1, seed + 1000 * index, ring=ring)
         share = -(-chunks // (len(settings) * ranks))
         yield replace(case, rounds=int(loops.rounds_for(case.plan(), share)))
 
@@ -153,6 +158,7 @@ def _report(
     return {
         "soak": "chunks",
         **{name: getattr(case, name) for name in ("transport", "way", "ranks", "depth", "chunk")},
+        "ring": case.ring,
         "window": case.window,
         "seed": case.seed,
         "rounds": int(tally[loops.ENDED]),
@@ -168,7 +174,8 @@ def _report(
 
 def in_one_thread(case: Case) -> dict[str, Any]:
     """All ranks of `case` here, stepped at random; one row."""
-    with Engines(case.transport, case.ranks, case.capacity, case.depth, case.tuning) as all_ranks:
+    sizes = (case.capacity, case.depth, case.tuning)
+    with Engines(case.transport, case.ranks, *sizes, ring=case.ring) as all_ranks:
         _compile(case)
         nbytes = case.capacity + 2 * loops.CANARY
         rows, memories = [], []
@@ -194,7 +201,7 @@ def stopped_at_random(seed: int) -> Iterator[None]:
 
 def as_rank(case: Case, group: Group) -> dict[str, Any]:
     """This process's rank of `case`; the row of all ranks together."""
-    box = group.mailbox(case.capacity, case.depth)
+    box = group.mailbox(case.capacity, case.depth, case.ring)
     for other in range(group.size):
         if other != group.rank:
             group.reach(other, box)

@@ -32,7 +32,7 @@ FIELDS = 9
 # --- the plan, equal on all ranks --------------------------------------------------------------
 SEED = 0
 RANKS = 1
-DEPTH = 2
+AHEAD = 2  # as `Layout.ahead`
 CHUNK = 3  # bytes
 CAPACITY = 4  # bytes of the largest round
 ROUNDS = 5
@@ -219,7 +219,7 @@ def _post(row: Any, plan: Any) -> None:
         0.5,
         row[PARAM],
         0,
-        sender_of(plan, rank, number + max(min(plan[DEPTH], 2), plan[DEPTH] // 2)),
+        sender_of(plan, rank, number + plan[AHEAD]),
         1,
         0,
     )

@@ -14,7 +14,7 @@ removes a rule, to see that the search finds what the rule is for.
 What is checked, in every state:
 
 * a word that is mixed is that of the right rank, round and epoch: nothing torn, stale or foreign;
-* no slot is read once the credit of its next round was given, and none is written without credit;
+* no place is read once the credit of its next chunk was given, and none is written without credit;
 * no word of a source has changed when the network reads it;
 * no endpoint is made to a rank whose put is half received ("Why the first rounds need a credit");
 * where no step is left, every round has ended; after a kill, whoever still waits waits for the
@@ -44,11 +44,11 @@ IDLE, ACTIVE, LEFT, DEAD = range(4)
 RULES = {
     "order": "data before signal",
     "fence": "a fence between data and signal",
-    "mix-then-credit": "the credit goes out when the slot has been mixed, not when its signal came",
+    "mix-then-credit": "the credit goes out when a place has been mixed, not when its signal came",
     "largest": "of the credits of one rank the largest counts, not the last",
     "first-credit": "the first rounds wait for a credit, too",
     "sent": "the source belongs to the put until the put has left it",
-    "round-in-word": "the signal word names the round",
+    "position-in-word": "the signal word names round and chunk",
     "epoch": "the signal word and the headers name the membership epoch",
     "closed": "a new epoch closes the connections of the old one",
     "new-region": "a new epoch has mailboxes of its own",
@@ -71,7 +71,7 @@ class Model:
     (RDMA, where a bell follows each; stores, where it does if the target's doze word is up).
     failure: ``"kill"`` (the last rank dies at some time) or ``"suspect"`` (it is taken for dead and
     lives on). regroup: the survivors of either begin a new epoch. without: rules of `RULES`
-    removed.
+    removed. depth, ring: slots, each of a round or (ring) of a chunk.
     """
 
     size: int = 2
@@ -83,12 +83,18 @@ class Model:
     sleeping: bool = False
     failure: str = ""
     regroup: bool = False
+    ring: bool = False
     without: frozenset[str] = frozenset()
 
     @property
     def ahead(self) -> int:
         """As `Layout.ahead`."""
-        return max(min(self.depth, 2), self.depth // 2)
+        return 1 if self.ring else max(min(self.depth, 2), self.depth // 2)
+
+    @property
+    def places(self) -> int:
+        """As `Layout.places`."""
+        return self.depth * (1 if self.ring else self.chunks)
 
     @property
     def victim(self) -> int:
@@ -121,11 +127,19 @@ class Model:
         bell = "look" if self.way == "store" else "bell"
         return (*steps, bell) if self.sleeping and "bell" not in self.without else tuple(steps)
 
-    def word(self, epoch: int, number: int) -> tuple[int, int]:
+    def position(self, number: int, chunk: int) -> int:
+        """The number of (round, chunk) among all chunks."""
+        return number * self.chunks + chunk
+
+    def place(self, number: int, chunk: int) -> int:
+        """Where (round, chunk) stands in a mailbox."""
+        return self.position(number, chunk) % self.places
+
+    def word(self, epoch: int, number: int, chunk: int) -> tuple[int, int]:
         """The signal word; without its parts if those rules are removed."""
         return (
             0 if "epoch" in self.without else epoch,
-            0 if "round-in-word" in self.without else number,
+            0 if "position-in-word" in self.without else self.position(number, chunk),
         )
 
 
@@ -136,12 +150,12 @@ class Rank(NamedTuple):
     epoch: int
     base: int  # first round of this epoch
     round: int  # under way, or the next one
-    credited: bool = False  # NEED_CREDIT is over
+    credited: bool = False  # it needs no credit (without "first-credit")
     put: int = 0  # steps of putting done, all chunks
     sent: int = 0  # chunks that have left
     saw: bool = False  # the signal of the chunk to mix has been seen
     mixed: int = 0  # words mixed, all chunks
-    credits: tuple[int, ...] = ()  # by rank: rounds below may be put to it
+    credits: tuple[int, ...] = ()  # by rank: chunks below may be put to it
     told: tuple[int, ...] = ()  # what was said to each rank
     looks: frozenset[int] = frozenset()  # whose doze word to look at, after a credit was stored
     endpoints: frozenset[int] = frozenset()
@@ -152,7 +166,7 @@ class Rank(NamedTuple):
 
 
 class Region(NamedTuple):
-    """A rank's mailbox: what stands in each word of each slot.
+    """A rank's mailbox: what stands in each word of each place.
 
     A word holds (rank, round, epoch) of the payload that it is part of.
     """
@@ -176,7 +190,7 @@ class Put(NamedTuple):
 class Message(NamedTuple):
     """An active message under way, or a credit that is stored (which wakes nobody).
 
-    read: whether its payload has been read at the source. credit: rounds below may be put.
+    read: whether its payload has been read at the source. credit: chunks below may be put.
     """
 
     kind: str
@@ -226,8 +240,8 @@ def new_rank(model: Model, epoch: int, base: int) -> Rank:
 def empty_region(model: Model, epoch: int) -> Region:
     return Region(
         epoch,
-        (None,) * (model.depth * model.chunks * model.words),
-        (None,) * (model.depth * model.chunks),
+        (None,) * (model.places * model.words),
+        (None,) * model.places,
     )
 
 
@@ -254,25 +268,29 @@ def sending(state: State, message: Message) -> State:
 # --- what a rank does --------------------------------------------------------------------------
 
 
-def opened(model: Model, me: Rank, rank: int, number: int) -> bool:
-    """Whether the writer of round `number` of `rank` was told that it may put it."""
-    return me.told[model.sender(me.epoch, rank, number)] > number
+def opened(model: Model, me: Rank, rank: int, position: int) -> bool:
+    """Whether the writer of this chunk of `rank` was told that it may put it."""
+    return me.told[model.sender(me.epoch, rank, position // model.chunks)] > position
 
 
 def telling(state: State, rank: int, target: int, credit: int) -> State:
-    """From now on `target` may put all rounds below `credit`."""
+    """From now on `target` may put all chunks below `credit`."""
     told = state.ranks[rank].told
     return with_rank(state, rank, told=replaced(told, target, max(told[target], credit)))
 
 
-def granting(model: Model, state: State, rank: int, number: int, ended: int) -> Iterator[Step]:
-    """Whoever writes round `number` gets a credit for it, if none has gone out; all rounds below
-    `ended` have ended."""
+def granting(model: Model, state: State, rank: int, number: int, mixed: int) -> Iterator[Step]:
+    """Whoever writes round `number` gets a credit for it, as far as there is room and it has none;
+    all chunks below `mixed` are out of the slots."""
     me = state.ranks[rank]
+    first, last = model.position(number, 0), model.position(number + 1, 0)
     # Credits that nobody will use are left out: they only multiply the states.
-    if opened(model, me, rank, number) or number >= model.rounds:
+    if number >= model.rounds:
         return
-    target, credit = model.sender(me.epoch, rank, number), ended + model.depth
+    target, credit = model.sender(me.epoch, rank, number), mixed + model.places
+    told, grain = me.told[target], (model.places + 3) // 4
+    if told >= last or credit <= first or (told > first and credit < min(last, told + grain)):
+        return
     after = telling(state, rank, target, credit)
     if model.way == "store":
         after = sending(after, Message("store", me.epoch, rank, target, 0, credit=credit))
@@ -317,7 +335,7 @@ def begin(model: Model, state: State, rank: int) -> Iterator[Step]:
             after = with_rank(state, rank, endpoints=me.endpoints | {other})
             yield f"{rank}: connect to {other}", after, fault if half and model.way == "put" else ""
             return
-    first = n < me.base + model.depth
+    first = n < me.base + model.depth and not model.ring
     yield (
         f"{rank}: post round {n}",
         with_rank(
@@ -339,13 +357,11 @@ def putting(model: Model, state: State, rank: int) -> Iterator[Step]:
     me = state.ranks[rank]
     steps = model.put_steps()
     chunk, step = divmod(me.put, len(steps))
-    if not me.credited:
-        if me.credits[model.to(me.epoch, rank, me.round)] > me.round:
-            yield f"{rank}: see credit of {me.round}", with_rank(state, rank, credited=True), ""
-        return
     if chunk == model.chunks:
         return
     n, to = me.round, model.to(me.epoch, rank, me.round)
+    if step == 0 and not me.credited and me.credits[to] <= model.position(n, chunk):
+        return
     place = rank * model.size + to
     queue = state.queues[place]
     what = steps[step]
@@ -366,7 +382,7 @@ def putting(model: Model, state: State, rank: int) -> Iterator[Step]:
     elif what == "bell":
         after = sending(after, Message("bell", me.epoch, rank, to, n, chunk))
     else:
-        credit = n + model.depth
+        credit = model.position(n, 0) + model.places
         after = telling(after, rank, to, credit)
         message = Message("data", me.epoch, rank, to, n, chunk, read=False, credit=credit)
         after = sending(after, message)
@@ -394,20 +410,20 @@ def mixing(model: Model, state: State, rank: int) -> Iterator[Step]:
     chunk, word = divmod(me.mixed, model.words)
     if chunk == model.chunks or me.sent <= chunk:
         return
-    n, region, slot = me.round, state.regions[rank], me.round % model.depth
+    n, region, place = me.round, state.regions[rank], model.place(me.round, chunk)
     if not me.saw:
-        if region.signals[slot * model.chunks + chunk] == model.word(me.epoch, n):
+        if region.signals[place] == model.word(me.epoch, n, chunk):
             after = with_rank(state, rank, saw=True)
             yield f"{rank}: see signal of chunk {chunk}, round {n}", after, ""
         return
     after = with_rank(state, rank, mixed=me.mixed + 1, saw=word + 1 < model.words)
-    found = region.slots[(slot * model.chunks + chunk) * model.words + word]
+    found = region.slots[place * model.words + word]
     expected = (model.sender(me.epoch, rank, n), n, me.epoch)
     fault = ""
     if found != expected:
         fault = f"rank {rank} mixed {found} where {expected} (rank, round, epoch) was due"
-    elif opened(model, me, rank, n + model.depth):
-        fault = f"rank {rank} read slot {slot} after its credit was given"
+    elif opened(model, me, rank, model.position(n, chunk) + model.places):
+        fault = f"rank {rank} read place {place} after its credit was given"
     yield f"{rank}: mix word {word} of chunk {chunk}, round {n}", after, fault
 
 
@@ -417,7 +433,10 @@ def ending(model: Model, state: State, rank: int) -> Iterator[Step]:
     n = me.round
     done = me.sent == model.chunks and me.mixed == model.chunks * model.words
     early = "mix-then-credit" in model.without and me.saw
-    granted = list(granting(model, state, rank, n + model.ahead, n + 1)) if done or early else []
+    granted = []
+    if done or early:
+        ended = model.position(n + 1, 0)
+        granted = list(granting(model, state, rank, n + model.ahead, ended))
     if granted:
         yield from granted
     elif done:
@@ -433,7 +452,8 @@ def rank_steps(model: Model, state: State, rank: int) -> Iterator[Step]:
     elif me.state == IDLE:
         yield from begin(model, state, rank)
     elif me.state == ACTIVE:
-        first = list(granting(model, state, rank, me.round, me.round))
+        mixed = model.position(me.round, me.mixed // model.words)
+        first = list(granting(model, state, rank, me.round, mixed))
         if first:
             yield from first
             return
@@ -464,9 +484,9 @@ def sleep_step(model: Model, state: State, rank: int) -> Iterator[Step]:
 
 
 def visible(model: Model, state: State, rank: int, number: int, chunk: int) -> bool:
-    """Whether this signal has come, or a later round's in its place."""
-    found = state.regions[rank].signals[number % model.depth * model.chunks + chunk]
-    return found is not None and found >= model.word(state.ranks[rank].epoch, number)
+    """Whether this signal has come, or a later chunk's in its place."""
+    found = state.regions[rank].signals[model.place(number, chunk)]
+    return found is not None and found >= model.word(state.ranks[rank].epoch, number, chunk)
 
 
 # --- what the network does ---------------------------------------------------------------------
@@ -479,11 +499,10 @@ def written(
     region = state.regions[target]
     if region.epoch != put.epoch and "new-region" not in model.without:
         return state, ""  # a mailbox of an older epoch, which nobody reads any more
-    slot = put.round % model.depth
-    place = slot * model.chunks + put.chunk
+    position, place = model.position(put.round, put.chunk), model.place(put.round, put.chunk)
     fault = ""
     if not words:
-        word = model.word(put.epoch, put.round)
+        word = model.word(put.epoch, put.round, put.chunk)
         region = region._replace(signals=replaced(region.signals, place, word))
     else:
         slots = region.slots
@@ -493,10 +512,10 @@ def written(
         if region.epoch != put.epoch:
             fault = f"rank {source} of epoch {put.epoch} wrote into a mailbox of {region.epoch}"
         elif "first-credit" not in model.without and (
-            not opened(model, state.ranks[target], target, put.round)
-            or opened(model, state.ranks[target], target, put.round + model.depth)
+            not opened(model, state.ranks[target], target, position)
+            or opened(model, state.ranks[target], target, position + model.places)
         ):
-            fault = f"rank {source} wrote round {put.round} into slot {slot} without its credit"
+            fault = f"rank {source} wrote chunk {position} into place {place} without its credit"
         region = region._replace(slots=slots)
     return state._replace(regions=replaced(state.regions, target, region)), fault
 
@@ -691,7 +710,7 @@ def steps(model: Model, state: State) -> list[Step]:
 def waits_for(model: Model, state: State, rank: int) -> int:
     """Whom the round of `rank` waits for, where it cannot go on."""
     me = state.ranks[rank]
-    if not me.credited or me.sent < model.chunks:
+    if me.sent < model.chunks:
         return model.to(me.epoch, rank, me.round)
     return model.sender(me.epoch, rank, me.round)
 
@@ -780,6 +799,13 @@ CASES: dict[str, Model] = {
     "two slots": Model(rounds=5, depth=2),
     "two chunks": Model(rounds=2, chunks=2, words=1),
     "two slots of two chunks": Model(rounds=3, depth=2, chunks=2, words=1),
+    "ring of one": Model(rounds=2, chunks=2, words=1, ring=True),
+    "ring of one, torn": Model(rounds=1, chunks=2, ring=True),
+    "ring of two": Model(rounds=2, depth=2, chunks=3, words=1, ring=True),
+    "ring, stores": Model(rounds=2, depth=2, chunks=3, words=1, way="store", ring=True),
+    "ring, three ranks, stores": Model(3, 2, 1, 2, 1, way="store", ring=True),
+    "ring, sleep, stores": Model(2, 1, 1, 2, 1, way="store", sleeping=True, ring=True),
+    "ring, kill": Model(rounds=2, chunks=2, words=1, failure="kill", ring=True),
     "stores": Model(rounds=4, depth=2, way="store"),
     "stores, two chunks": Model(rounds=2, chunks=2, way="store"),
     "messages": Model(rounds=4, depth=2, way="message"),
@@ -798,6 +824,8 @@ CASES: dict[str, Model] = {
 REGROUP = Model(size=3, rounds=2, words=1, regroup=True)
 
 LONG_CASES: dict[str, Model] = {
+    "ring, three ranks": Model(size=3, rounds=2, chunks=2, words=1, ring=True),
+    "ring, sleep": Model(rounds=1, chunks=2, words=1, sleeping=True, ring=True),
     "three ranks, two slots": Model(size=3, rounds=3, depth=2, words=1),
     "kill and regroup": replace(REGROUP, failure="kill"),
     "kill and regroup, stores": replace(REGROUP, failure="kill", way="store"),

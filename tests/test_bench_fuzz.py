@@ -72,7 +72,7 @@ def test_mailbox_out_of_bounds_is_found(monkeypatch: pytest.MonkeyPatch) -> None
     ("spoil", "said"),
     [
         (lambda arena: arena.raw.__setitem__(7, 0), "a guard byte"),
-        (lambda arena: arena.table.__setitem__((0, w.DEPTH), 9), "a word of the engine"),
+        (lambda arena: arena.table.__setitem__((0, w.PLACES), 9), "a word of the engine"),
         (lambda arena: arena.words.__setitem__(w.EPOCH, 4), "a word of the engine"),
         (lambda arena: arena.words.__setitem__(w.UNSEEN, 99), "99 bells"),
         (lambda arena: arena.credits[1].__setitem__(3, -7), "a credit"),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,8 +122,8 @@ def tampered(case: Case, tamper: object) -> dict[str, object]:
     made = soak_chunks.Engines
 
     class Tampered(Engines):
-        def __init__(self, *arguments: object) -> None:
-            super().__init__(*arguments)  # type: ignore[arg-type]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
             tamper(self)  # type: ignore[operator]
 
     soak_chunks.Engines = Tampered  # type: ignore[misc]

@@ -129,9 +129,9 @@ def test_half_a_message_is_no_message(as_ranks: Any, store: Any) -> None:
 
                 row = group.engine.table[channel.mailbox.index]
                 signals = jit.view_words(int(row[w.SIGNALS]), 4)
-                signals[3] = signal_word(0, 0)
+                signals[3] = signal_word(0, 3)
                 assert not channel.arrived
-                signals[:] = signal_word(0, 0)
+                signals[:] = [signal_word(0, position) for position in range(4)]
                 assert channel.arrived
                 signals[:] = 0
             group.agree("over", {})

@@ -52,7 +52,8 @@ class Pair:
         """Let the other rank write the slots of these rounds of `rank`."""
         engine, box = self.engines[rank], self.boxes[rank]
         for number in numbers:
-            assert rounds.grant(engine.words, engine.table[box.index], 1 - rank, number + 1) == 0
+            credit = (number + 1) * box.layout.chunks
+            assert rounds.grant(engine.words, engine.table[box.index], 1 - rank, credit) == 0
 
     def step(self, *ranks: int) -> None:
         for rank in ranks or (0, 1):
@@ -81,13 +82,15 @@ def transport(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def make_pair(transport: str, nbytes: int, depth: int, verify: bool = False) -> Pair:
+def make_pair(
+    transport: str, nbytes: int, depth: int, verify: bool = False, ring: bool = False
+) -> Pair:
     contexts = [Context(transport, {"NET_DEVICES": "lo"}) for _ in range(2)]
     engines = [
         Engine(context, rank, 2, TUNING, ring=transport != "tcp")
         for rank, context in enumerate(contexts)
     ]
-    layout = Layout(nbytes, depth, TUNING.chunk, verify)
+    layout = Layout(nbytes, depth, TUNING.chunk, verify, ring=ring)
     boxes = [Mailbox(context, layout) for context in contexts]
     for rank in range(2):
         engines[rank].open(boxes[rank])
@@ -272,7 +275,7 @@ def test_the_chunk_of_another_round_is_found(pair: Pair) -> None:
     """Whole as it is, with its own checksum: the seed names the round."""
     box, engine = pair.boxes[1], pair.engines[1]
     row = engine.table[box.index]
-    checks = jit.view_words(int(row[w.CHECKS]), int(row[w.DEPTH] * row[w.CHUNKS]))
+    checks = jit.view_words(int(row[w.CHECKS]), int(row[w.PLACES]))
     count = box.layout.nbytes // 8
     for number in range(3):
         if number == 2:
@@ -389,12 +392,13 @@ def test_held_round_mixes_only_when_let(pair: Pair) -> None:
 def test_credit_of_a_round_does_not_open_another(pair: Pair) -> None:
     box = pair.boxes[0]
     box.round = 2
-    box.credits[:] = 4, 2  # rank 1 has opened rounds 0 and 1
+    chunks = box.layout.chunks
+    box.credits[:] = 4 * chunks, 2 * chunks  # rank 1 has opened rounds 0 and 1
     array = np.ones(512)
     pair.post(0, array)
     pair.settle(0)
     assert pair.word(0, w.PUT) == 0
-    box.credits[1] = 3
+    box.credits[1] = 3 * chunks
     pair.until(lambda: pair.word(0, w.PUT) == pair.word(0, w.PARTS))
 
 
@@ -447,8 +451,9 @@ def test_the_target_of_a_store_is_woken_if_it_dozes(pair: Pair, transport: str) 
         assert bool(ops.progress(worker)) == bool(dozes)
         while ops.progress(worker):
             pass
-        rounds.grant(pair.engines[0].words, pair.engines[0].table[0], 1, number + 1)
-        assert box.credits[0] == number + 1
+        credit = (number + 1) * box.layout.chunks
+        rounds.grant(pair.engines[0].words, pair.engines[0].table[0], 1, credit)
+        assert box.credits[0] == credit
         assert bool(ops.progress(worker)) == bool(dozes)
         word[0] = 0
 
@@ -575,10 +580,45 @@ def test_bell_ahead_of_its_signal_keeps_the_target_awake(pair: Pair) -> None:
     assert not all_seen(target.words)
     row = target.table[0]
     signals = jit.view_words(int(row[w.SIGNALS]), 8)
-    signals[(5 % 2) * int(row[w.CHUNKS])] = 8  # a later round's word says that this one was seen
+    chunks = int(row[w.CHUNKS])
+    signals[5 % 2 * chunks] = 7 * chunks + 1  # a later round's word says that this one was seen
     assert all_seen(target.words)
     assert target.words[w.UNSEEN] == 0
     signals[:] = 0
+
+
+RING = (16 * TUNING.chunk, 8, False, True)
+
+
+@pytest.mark.parametrize("pair", [RING], indirect=True)
+@pytest.mark.parametrize("exact", [False, True])
+def test_credits_of_a_ring_follow_as_chunks_are_mixed(pair: Pair, exact: bool) -> None:
+    """By quarters of the ring, not by each chunk; beyond the round only where credits may be."""
+    sender, taker = pair.engines
+    taker.words[w.EXACT] = exact
+    array, target = np.arange(2048.0), np.zeros(2048)
+    pair.post(0, array, sender=-1, next_writer=-1)
+    pair.post(1, target, to=-1, next_writer=-1)
+    told = [0]
+    while not pair.ended(0, 1):
+        pair.step(1)
+        told = sorted({*told, int(pair.boxes[1].told[0])})
+        mixed, put = pair.word(1, w.MIXED), pair.word(0, w.PUT)
+        assert put <= pair.boxes[0].credits[1] <= told[-1] <= mixed + 8
+        pair.step(0)
+    assert told == [0, 8, 10, 12, 14, 16]
+    assert (target == array / 2).all()
+
+
+@pytest.mark.parametrize("pair", [RING], indirect=True)
+def test_a_ring_serves_rounds_of_all_sizes(pair: Pair) -> None:
+    for number, parts in enumerate([16, 1, 3, 16, 9, 8, 16]):
+        arrays = [np.arange(parts * 128.0) + number, np.arange(parts * 128.0) - 3]
+        mean = (arrays[0] + arrays[1]) / 2
+        for rank, array in enumerate(arrays):
+            pair.post(rank, array)
+        pair.until(pair.ended)
+        assert all((array == mean).all() for array in arrays)
 
 
 def test_rounds_put_in_the_order_in_which_they_were_posted(pair: Pair, transport: str) -> None:
@@ -592,7 +632,7 @@ def test_rounds_put_in_the_order_in_which_they_were_posted(pair: Pair, transport
     engine, later = pair.engines[0], Pair(pair.engines, boxes)
     for each in (pair, later):
         each.open(1, 0)
-    pair.until(lambda: all(each.boxes[0].credits[1] == 1 for each in (pair, later)))
+    pair.until(lambda: all(each.boxes[0].opened(1, 0) for each in (pair, later)))
     first, second = np.ones(384), np.ones(384)  # three chunks each, as many as may be in flight
     later.post(0, first, sender=-1, next_writer=-1)
     pair.post(0, second, sender=-1, next_writer=-1)

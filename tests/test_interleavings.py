@@ -20,7 +20,7 @@ import pytest
 from ucxgossip.bench.engines import Engines
 from ucxgossip.engine import Post, Tuning, drive, rounds
 from ucxgossip.engine import words as w
-from ucxgossip.engine.handlers import arrived
+from ucxgossip.engine.handlers import arrived, place_of, place_offset
 from ucxgossip.ucp import ops
 
 DEADLINE_S = 30.0
@@ -102,8 +102,8 @@ class Duel:
         put, sent, mixed, parts = (int(row[i]) for i in (w.PUT, w.SENT, w.MIXED, w.PARTS))
         assert mixed <= sent <= put <= parts
         if put:
-            opened = self.finished(other) + box.layout.depth if self.posted[other] else 0
-            assert number < opened, "put without credit"
+            opened = self.freed(other) + box.layout.places if self.posted[other] else 0
+            assert number * box.layout.chunks + put <= opened, "put without credit"
         own, due = self.own(rank, number), self.own(other, number)
         edge = min(mixed * CHUNK, self.nbytes) // 8
         values = self.payload(rank)
@@ -112,15 +112,21 @@ class Duel:
         if row[w.STATE] != w.ACTIVE:
             return
         # What is signalled and not mixed yet stands in its slot, whole.
-        slot = box.slot(number, np.float64, self.nbytes // 8)
         for chunk in range(mixed, parts):
             if arrived(self.made.engines[rank].words, row, number, chunk):
                 part = slice(chunk * CHUNK // 8, (chunk + 1) * CHUNK // 8)
-                np.testing.assert_array_equal(slot[part], due[part])
+                start = box.layout.slots + place_offset(row, place_of(row, number, chunk))
+                came = box.region.view(np.float64, len(due[part]), start)
+                np.testing.assert_array_equal(came, due[part])
 
     def finished(self, rank: int) -> int:
         """Rounds that have ended."""
         return self.posted[rank] - (not self.ended(rank))
+
+    def freed(self, rank: int) -> int:
+        """Chunks that have been mixed, of all rounds."""
+        mixed = 0 if self.ended(rank) else int(self.row(rank)[w.MIXED])
+        return self.finished(rank) * self.made.boxes[rank].layout.chunks + mixed
 
     def settle(self) -> None:
         """Drive both in turn until both have ended the same round."""
@@ -143,11 +149,21 @@ def transport(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=[(64, 1), (320, 1), (320, 2)], ids=["message", "chunks", "two-slots"])
+KINDS = {
+    "message": (64, 1, False),
+    "chunks": (320, 1, False),
+    "two-slots": (320, 2, False),
+    "ring-of-one": (320, 1, True),
+    "ring-of-two": (320, 2, True),
+}
+"""Bytes, slots, and whether they are a ring's."""
+
+
+@pytest.fixture(params=KINDS.values(), ids=list(KINDS))
 def duel(transport: str, request: pytest.FixtureRequest) -> Iterator[Duel]:
     """A message, and three chunks, the last of which is half a one."""
-    nbytes, depth = request.param
-    with Engines(transport, 2, nbytes, depth, TUNING) as made:
+    nbytes, depth, ring = request.param
+    with Engines(transport, 2, nbytes, depth, TUNING, ring=ring) as made:
         yield Duel(made, nbytes)
         assert all(engine.words[w.MALFORMED] == 0 for engine in made.engines)
 
@@ -214,17 +230,18 @@ def test_both_have_posted_long(duel: Duel) -> None:
 
 
 @pytest.mark.parametrize("end", ["stopped", "killed"])
-@pytest.mark.parametrize(("nbytes", "depth"), [(64, 1), (320, 2)])
-def test_one_goes_at_any_step(transport: str, nbytes: int, depth: int, end: str) -> None:
+@pytest.mark.parametrize("kind", ["message", "two-slots", "ring-of-two"])
+def test_one_goes_at_any_step(transport: str, kind: str, end: str) -> None:
     """The other mixes what is whole, nothing else, and what it then waits for is the one gone.
 
     stopped: it makes no pass any more. killed: its worker and memory are gone, too.
     """
+    nbytes, depth, ring = KINDS[kind]
     words = [word for length in range(4) for word in words_of((0, 1), length)]
     words += [(0, 1, 0, 1, *word) for word in words]
     outcomes = set()
     for word in words:
-        with Engines(transport, 2, nbytes, depth, TUNING) as made:
+        with Engines(transport, 2, nbytes, depth, TUNING, ring=ring) as made:
             duel = Duel(made, nbytes)
             duel.post(0)
             duel.post(1)

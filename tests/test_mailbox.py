@@ -15,7 +15,7 @@ from ucxgossip.mailbox import (
     GUARD,
     GUARD_BYTE,
     MAX_DEPTH,
-    MAX_ROUND,
+    MAX_POSITION,
     SIGNAL_RING,
     Layout,
     Mailbox,
@@ -32,23 +32,31 @@ layouts = st.builds(
     chunk=st.integers(1, 1 << 22).map(lambda words: 8 * words) | st.just(8),
     verify=st.booleans(),
     ranks=st.integers(1, 2000),
+) | st.builds(
+    lambda depth, more, chunk, last: Layout(
+        (depth + more) * chunk + min(last, chunk), depth, chunk, ring=True
+    ),
+    depth=st.integers(1, 64),
+    more=st.integers(0, 1000),
+    chunk=st.integers(1, 1 << 17).map(lambda words: 8 * words) | st.just(8),
+    last=st.integers(1, 1 << 20),
 )
 some = settings(max_examples=100, deadline=None)
 
 
 def parts(layout: Layout) -> list[tuple[int, int]]:
     """Start and end of everything that is written, in the order of their places."""
-    words = 8 * layout.depth * layout.chunks
+    words = 8 * layout.places
     starts = [layout.slots + i * layout.stride for i in range(layout.depth)]
-    ring = 8 * SIGNAL_RING
+    outgoing = 8 * SIGNAL_RING * layout.chunks
     checks = [
         (layout.checks, layout.checks + words),
-        (layout.out_checks, layout.out_checks + ring * layout.chunks),
+        (layout.out_checks, layout.out_checks + outgoing),
     ]
     return [
-        *((start, start + layout.nbytes) for start in starts),
+        *((start, start + layout.slot_bytes) for start in starts),
         (layout.signals, layout.signals + words),
-        (layout.outgoing, layout.outgoing + ring),
+        (layout.outgoing, layout.outgoing + outgoing),
         (layout.credits, layout.credits + 8 * layout.ranks),
         (layout.doze, layout.doze + 8),
         *(checks if layout.verify else []),
@@ -78,14 +86,13 @@ def test_chunks_cover_the_payload(layout: Layout) -> None:
 @some
 @given(layouts)
 def test_memory_is_depth_times_the_payload(layout: Layout) -> None:
-    """Beyond that: a word a chunk, a ring of words, a word a rank, and a guard and rounding a part.
-
-    With checksums another word a chunk, and a ring of words for each chunk.
+    """Beyond that: a word a place, SIGNAL_RING words a chunk, a word a rank, and a guard and
+    rounding a part. With checksums the words of places and chunks twice.
     """
-    extra = layout.total - layout.depth * (layout.nbytes + 8 * layout.chunks) - 8 * SIGNAL_RING
-    extra -= 8 * layout.ranks + 8
+    words = 8 * (layout.places + SIGNAL_RING * layout.chunks)
+    extra = layout.total - layout.depth * layout.slot_bytes - words - 8 * layout.ranks - 8
     if layout.verify:
-        extra -= 8 * layout.chunks * (layout.depth + SIGNAL_RING)
+        extra -= words
     assert 0 < extra <= (layout.depth + 7) * (GUARD + ALIGNMENT)
 
 
@@ -96,11 +103,11 @@ def test_layout_by_hand() -> None:
         (64, 164),
         (256, 356),
         (448, 512),
-        (576, 1088),
-        (1152, 1168),
-        (1280, 1288),
+        (576, 2624),
+        (2688, 2704),
+        (2816, 2824),
     ]
-    assert layout.total == 1408
+    assert layout.total == 2944
 
 
 @pytest.mark.parametrize("name", ["nbytes", "depth", "chunk", "ranks"])
@@ -116,6 +123,21 @@ def test_chunk_of_broken_words(chunk: int) -> None:
         Layout(64, 2, chunk)
 
 
+def test_a_ring_is_smaller_than_a_payload() -> None:
+    layout = Layout(100, 3, 32, ring=True)
+    assert (layout.chunks, layout.places, layout.slot_bytes, layout.ahead) == (4, 3, 32, 1)
+    with pytest.raises(ArgumentError, match="a ring of 4 chunks; must be fewer than .* 4"):
+        Layout(100, 4, 32, ring=True)
+
+
+@some
+@given(layouts)
+def test_credits_that_were_given_open_no_round_beyond_the_reach(layout: Layout) -> None:
+    """`Group.restart` goes on so many rounds later."""
+    assert layout.places <= layout.reach * layout.chunks < layout.places + layout.chunks
+    assert layout.reach == (1 if layout.ring else layout.depth)
+
+
 def test_depth_beyond_the_limit() -> None:
     limit = MAX_DEPTH
     assert Layout(8, limit, 8).depth == limit
@@ -126,7 +148,7 @@ def test_depth_beyond_the_limit() -> None:
 # --- signal words ------------------------------------------------------------------------------
 
 epochs = st.integers(0, (1 << 15) - 1)
-numbers = st.integers(0, MAX_ROUND - 1)
+numbers = st.integers(0, MAX_POSITION - 1)
 
 
 @some
@@ -141,7 +163,7 @@ def test_signal_words_are_distinct(epoch: int, number: int, other: int, later: i
 def test_signal_word_is_a_positive_int64_and_grows(epoch: int, number: int) -> None:
     assert 0 < signal_word(epoch, number) < 1 << 63
     assert signal_word(epoch, number) < signal_word(epoch, number + 1)
-    assert epoch == 0 or signal_word(epoch - 1, MAX_ROUND) < signal_word(epoch, 0)
+    assert epoch == 0 or signal_word(epoch - 1, MAX_POSITION) < signal_word(epoch, 0)
 
 
 # --- a mailbox in memory -----------------------------------------------------------------------
@@ -161,6 +183,10 @@ SHAPES = [
     Layout(100, 2, 32, verify=True, ranks=4),
     Layout(4097, 4, 1024, verify=True, ranks=4),
 ]
+RINGS = [
+    Layout(4097, 4, 1024, ring=True, ranks=4),
+    Layout(100, 1, 8, verify=True, ring=True, ranks=4),
+]
 shapes = pytest.mark.parametrize("layout", SHAPES, ids=str)
 
 
@@ -171,19 +197,17 @@ def mailbox(context: Context, layout: Layout) -> Iterator[Mailbox]:
     made.close()
 
 
-@shapes
+@pytest.mark.parametrize("layout", [*SHAPES, *RINGS], ids=str)
 def test_guards_stand_when_all_else_is_written(mailbox: Mailbox, layout: Layout) -> None:
     assert mailbox.intact()
-    for number in range(layout.depth):
-        mailbox.slot(number, np.uint8, layout.nbytes)[:] = 0xFF
-    for start, end in parts(layout)[layout.depth :]:
-        mailbox.region.view(np.int64, (end - start) // 8, start)[:] = -1
+    for start, end in parts(layout):
+        mailbox.region.bytes[start:end] = 0xFF
     assert mailbox.intact()
     written = sum(end - start for start, end in parts(layout))
     assert np.count_nonzero(mailbox.region.bytes == 0xFF) == written
 
 
-@shapes
+@pytest.mark.parametrize("layout", [*SHAPES, *RINGS], ids=str)
 def test_guards_notice_every_byte_outside(mailbox: Mailbox, layout: Layout) -> None:
     inside = {place for start, end in parts(layout) for place in range(start, end)}
     for place in sorted(set(range(layout.total)) - inside):
@@ -197,7 +221,7 @@ def test_guards_notice_every_byte_outside(mailbox: Mailbox, layout: Layout) -> N
 def test_slots_take_turns(mailbox: Mailbox, layout: Layout) -> None:
     for number in range(layout.depth):
         mailbox.slot(number, np.uint8, layout.nbytes)[:] = number + 1
-    for number in (*range(3 * layout.depth), MAX_ROUND - 1):
+    for number in (*range(3 * layout.depth), layout.rounds - 1):
         slot = mailbox.slot(number, np.uint8, layout.nbytes)
         assert set(slot.tolist()) == {number % layout.depth + 1}
 
@@ -234,15 +258,15 @@ def test_description_of_a_length_that_cannot_be(length: int) -> None:
 
 
 def test_description_of_another_layout() -> None:
-    blob = (4096).to_bytes(8, "little") + (1409).to_bytes(8, "little") + b"key"
-    with pytest.raises(ArgumentError, match="rank 5 has a mailbox of 1409 bytes .* has 1408"):
+    blob = (4096).to_bytes(8, "little") + (2945).to_bytes(8, "little") + b"key"
+    with pytest.raises(ArgumentError, match="rank 5 has a mailbox of 2945 bytes .* has 2944"):
         parse_description(blob, Layout(100, 2, 32), rank=5)
-    blob = (4096).to_bytes(8, "little") + (1408).to_bytes(8, "little") + b"key"
+    blob = (4096).to_bytes(8, "little") + (2944).to_bytes(8, "little") + b"key"
     assert parse_description(blob, Layout(100, 2, 32), rank=5) == (4096, b"key")
 
 
-@pytest.mark.parametrize("address", [0, (1 << 63) - 1408, 1 << 63, (1 << 64) - 1])
+@pytest.mark.parametrize("address", [0, (1 << 63) - 2944, 1 << 63, (1 << 64) - 1])
 def test_description_of_an_address_that_cannot_be(address: int) -> None:
-    blob = address.to_bytes(8, "little") + (1408).to_bytes(8, "little") + b"key"
+    blob = address.to_bytes(8, "little") + (2944).to_bytes(8, "little") + b"key"
     with pytest.raises(ArgumentError, match=f"rank 5 published a mailbox at address {address:#x}"):
         parse_description(blob, Layout(100, 2, 32), rank=5)

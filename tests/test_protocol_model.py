@@ -70,9 +70,13 @@ BLOCKED = "no step is left"
         (without("sent"), "has changed"),
         (without("sent", chunks=2, words=1), "has changed"),
         (without("sent", way="message"), "has changed"),
-        (without("round-in-word"), TORN),
-        (without("round-in-word", way="store"), TORN),
-        (without("round-in-word", way="message"), TORN),
+        (without("position-in-word"), TORN),
+        (without("position-in-word", way="store"), TORN),
+        (without("position-in-word", way="message"), TORN),
+        (without("position-in-word", chunks=2, words=1, rounds=1, ring=True), TORN),
+        (without("mix-then-credit", chunks=2, words=1, ring=True), "after its credit was given"),
+        (without("fence", chunks=2, words=1, ring=True), TORN),
+        (without("look", sleeping=True, chunks=2, words=1, way="store", ring=True), BLOCKED),
         (without("bell", sleeping=True, words=1), BLOCKED),
         (without("unseen", sleeping=True, words=1), BLOCKED),
         (without("bell", sleeping=True, words=1, way="store"), BLOCKED),
@@ -122,12 +126,16 @@ LARGE = Model(size=4, rounds=9, depth=3, chunks=3, words=3)
 def test_large_cases_at_random(way: str) -> None:
     chunks = 1 if way == "message" else LARGE.chunks
     for seed in range(20):
-        result = walk(replace(LARGE, way=way, chunks=chunks, sleeping=seed % 2 == 1), seed)
+        ring = chunks > 1 and seed % 4 > 1
+        case = replace(LARGE, way=way, chunks=chunks, ring=ring, depth=2 if ring else 3)
+        result = walk(replace(case, sleeping=seed % 2 == 1), seed)
         assert not result.fault, "\n".join([f"seed {seed}: {result.fault}", *result.trace])
         regrouped = replace(
             LARGE,
             way=way,
             chunks=chunks,
+            ring=chunks > 1 and seed % 4 > 1,
+            depth=2,
             failure=("kill", "suspect")[seed % 2],
             regroup=True,
         )

@@ -85,7 +85,7 @@ class Channel:
         return self._credited(self.mailbox.round)
 
     def _credited(self, number: int) -> bool:
-        return self.to is not None and int(self.mailbox.credits[self.to]) > number
+        return self.to is not None and self.mailbox.opened(self.to, number)
 
     def put(self, source: Buffer) -> None:
         """Put one message; call it only when `free`, and leave the source alone while `busy`."""

@@ -53,7 +53,7 @@ from ucxgossip.ucp.context import TRANSPORTS, Context
 from ucxgossip.ucp.lib import status_name
 from ucxgossip.ucp.memory import MemoryRegion
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Raised whenever ranks of different releases could not work together."""
 
 DEFAULT_TIMEOUT = 300.0
@@ -711,16 +711,17 @@ class Group(Partners):
         """
         with self.steady():
             # Beyond the rounds whose credits are given out.
-            mailbox.round = max(mailbox.round, mailbox.base) + mailbox.layout.depth
+            mailbox.round = max(mailbox.round, mailbox.base) + mailbox.layout.reach
             mailbox.base = mailbox.round
             mailbox.ahead.clear()
 
-    def grant(self, mailbox: Mailbox, rank: int, credit: int) -> None:
-        """Tell `rank` that it may put all rounds of `mailbox` below `credit` here.
+    def grant(self, mailbox: Mailbox, rank: int, number: int) -> None:
+        """Tell `rank` that it may put all rounds of `mailbox` below `number` here.
 
         Where that fails, `rank` may be dead: the next `look_around` finds out.
         """
         with self.engine.locked():
+            credit = number * mailbox.layout.chunks
             status = rounds.grant(self.engine.words, self.engine.table[mailbox.index], rank, credit)
         if status < 0:
             error = UCXError(ops.SEND, int(status), status_name(int(status)), "a credit")
@@ -767,7 +768,7 @@ class Group(Partners):
                 once="exchange",
             )
             with self.naming("exchange"):
-                self._exchange_box = self.mailbox(buffer.nbytes)
+                self._exchange_box = self.mailbox(buffer.nbytes, ring=True)
             self._exchange_dtype = buffer.dtype
         elif self._exchange_dtype != buffer.dtype:
             raise ArrayError(

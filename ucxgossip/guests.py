@@ -109,8 +109,8 @@ class Guests(Membership):
             self._inherited |= history.news(self._history)
             known = len(self._history.mailboxes)
             self._history, self._settled = history, passed
-            for name, nbytes, depth in history.mailboxes[known:]:
-                mailbox = self._open(nbytes, depth)
+            for name, nbytes, depth, ring in history.mailboxes[known:]:
+                mailbox = self._open(self._layout(nbytes, depth, ring))
                 self._unclaimed[name] = mailbox
                 if mailbox.index < len(self._view_facts.rounds):
                     mailbox.base = mailbox.round = self._view_facts.rounds[mailbox.index]
@@ -133,9 +133,11 @@ class Guests(Membership):
             time.sleep(_AGAIN_S)
         return False
 
-    def _open(self, nbytes: int, depth: int) -> Mailbox:
+    def _layout(self, nbytes: int, depth: int, ring: bool) -> Layout:
+        return Layout(nbytes, depth, self.tuning.chunk, self.verify, self.size, ring)
+
+    def _open(self, layout: Layout) -> Mailbox:
         with self.steady():
-            layout = Layout(nbytes, depth, self.tuning.chunk, self.verify, self.size)
             mailbox = Mailbox(self.context, layout)
             try:
                 self.engine.open(mailbox)

@@ -1,15 +1,22 @@
 """Mailboxes: slots in registered memory into which one partner a round puts.
 
-A mailbox is one stream of rounds. It holds `depth` slots, so that a partner that is ahead can put
-the next round while this rank still mixes the last: memory is `depth` times the payload, whatever
-the number of ranks. Round `n` uses slot ``n % depth``. Beside each slot stands one signal word a
-chunk; the sender puts it after the chunk (see docs/protocol.md for why it cannot arrive first),
-and its value names epoch and round, so that a word left from an earlier round is never taken for
-this one's. A slot is free for its next writer once that writer holds the *credit* for its round.
+A mailbox is one stream of rounds, and so of chunks: chunk c of round n has the number
+``n * chunks + c``, its *position*. The slots hold `places` chunks, and a position stands in place
+``position % places``. Beside each place stands a signal word; the sender puts it after the chunk
+(see docs/protocol.md for why it cannot arrive first), and its value names epoch and position, so
+that a word left from an earlier chunk is never taken for this one's. A place is free for its next
+writer once that writer holds the *credit* for it.
 
-A credit is a number: rounds below it may be put to the rank that gave it. Whoever has ended all
-rounds below n says n + depth, once to each rank; credits are kept by rank, the largest counts. So
-one credit serves for many rounds, and may ride on a message that goes to the same rank anyway.
+Mostly a slot holds a whole payload, and round n uses slot ``n % depth``: a partner that is ahead
+can put the next round while this rank still mixes the last, or has not posted it yet. Memory is
+`depth` times the payload, whatever the number of ranks. In a *ring* a slot holds one chunk, and a
+round goes through fewer places than it has chunks: they stay in the cache, where whole slots are
+written to memory and read again, but nobody gets further ahead than they reach. That is for rounds
+which are waited for as soon as they are posted.
+
+A credit is a number: chunks of positions below it may be put to the rank that gave it. Whoever has
+mixed all chunks below n says n + places; credits are kept by rank, the largest counts. So one
+credit serves for many chunks, and may ride on a message that goes to the same rank anyway.
 
 Guard bytes stand between the slots; tests check that nothing ever writes there.
 
@@ -38,7 +45,7 @@ GUARD = 64
 GUARD_BYTE = 0xA5
 MAX_DEPTH = 1024
 SIGNAL_RING = 64
-MAX_ROUND = 1 << 47
+MAX_POSITION = 1 << 47
 _BLOB = struct.Struct("<QQ")
 
 
@@ -52,9 +59,9 @@ def usual_depth(nbytes: int) -> int:
 
 
 @jit.njit
-def signal_word(epoch: int, number: int) -> int:
-    """The word that says "this chunk of round `number` is there"; never 0."""
-    return (epoch << 48) | (number + 1)
+def signal_word(epoch: int, position: int) -> int:
+    """The word that says "the chunk of this position is there"; never 0."""
+    return (epoch << 48) | (position + 1)
 
 
 def _align(nbytes: int) -> int:
@@ -67,6 +74,7 @@ class Layout:
 
     nbytes: largest payload of a round. depth: slots. chunk: bytes of payload that are put,
     signalled and mixed at a time. verify: a checksum travels with each chunk. ranks: of the job.
+    ring: a slot holds one chunk, not a payload; there are fewer than a payload's chunks.
     """
 
     nbytes: int
@@ -74,6 +82,7 @@ class Layout:
     chunk: int
     verify: bool = False
     ranks: int = 2
+    ring: bool = False
 
     def __post_init__(self) -> None:
         for name in ("nbytes", "depth", "chunk", "ranks"):
@@ -84,14 +93,19 @@ class Layout:
             raise ArgumentError(f"mailbox: chunk is {self.chunk}; must be a multiple of 8 bytes")
         if self.depth > MAX_DEPTH:
             raise ArgumentError(f"mailbox: depth is {self.depth}; at most {MAX_DEPTH}")
+        if self.ring and self.depth >= self.chunks:
+            raise ArgumentError(
+                f"mailbox: a ring of {self.depth} chunks; must be fewer than the payload's "
+                f"{self.chunks}"
+            )
 
     @property
     def ahead(self) -> int:
         """How many rounds before it is wanted a credit goes out, if no message has taken it along.
 
-        Half of the slots: the other half is for those that ride.
+        Half of the slots: the other half is for those that ride. In a ring one round.
         """
-        return max(min(self.depth, 2), self.depth // 2)
+        return 1 if self.ring else max(min(self.depth, 2), self.depth // 2)
 
     @property
     def chunks(self) -> int:
@@ -99,9 +113,34 @@ class Layout:
         return -(-self.nbytes // self.chunk)
 
     @property
+    def per_slot(self) -> int:
+        """Chunks that a slot holds."""
+        return 1 if self.ring else self.chunks
+
+    @property
+    def places(self) -> int:
+        """Chunks that all slots hold."""
+        return self.depth * self.per_slot
+
+    @property
+    def reach(self) -> int:
+        """Rounds, the next one included, of which a credit may open chunks."""
+        return -(-self.places // self.chunks)
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds there may ever be."""
+        return MAX_POSITION // self.chunks
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of payload in a slot."""
+        return self.chunk if self.ring else self.nbytes
+
+    @property
     def stride(self) -> int:
         """Bytes from one slot to the next, guard included."""
-        return _align(self.nbytes) + GUARD
+        return _align(self.slot_bytes) + GUARD
 
     @property
     def slots(self) -> int:
@@ -110,22 +149,23 @@ class Layout:
 
     @property
     def signals(self) -> int:
-        """Offset of the signal words that others put, depth x chunks."""
+        """Offset of the signal words that others put, one a place."""
         return self.slots + self.depth * self.stride
 
     @property
     def outgoing(self) -> int:
-        """Offset of the words that this rank puts as signals, one for each of SIGNAL_RING rounds.
+        """Offset of the words that this rank puts as signals, chunks of them for each of
+        SIGNAL_RING rounds.
 
         Nobody waits for a signal's own completion. A word stays until no rank can be so far
         behind that its put is still on the way.
         """
-        return self.signals + _align(8 * self.depth * self.chunks) + GUARD
+        return self.signals + _align(8 * self.places) + GUARD
 
     @property
     def credits(self) -> int:
         """Offset of the credits that others give, one word a rank."""
-        return self.outgoing + _align(8 * SIGNAL_RING) + GUARD
+        return self.outgoing + _align(8 * SIGNAL_RING * self.chunks) + GUARD
 
     @property
     def doze(self) -> int:
@@ -134,7 +174,7 @@ class Layout:
 
     @property
     def checks(self) -> int:
-        """Offset of the checksums that others put, depth x chunks; with `verify` only."""
+        """Offset of the checksums that others put, one a place; with `verify` only."""
         return self.doze + _align(8) + GUARD
 
     @property
@@ -142,7 +182,7 @@ class Layout:
         """Offset of the checksums that this rank puts, chunks of them for each of SIGNAL_RING
         rounds; they stay as long as the words at `outgoing` do.
         """
-        return self.checks + _align(8 * self.depth * self.chunks) + GUARD
+        return self.checks + _align(8 * self.places) + GUARD
 
     @property
     def total(self) -> int:
@@ -195,10 +235,14 @@ class Mailbox:
 
     @property
     def credits(self) -> NDArray[np.int64]:
-        """The credits that others gave, by rank: rounds below may be put to it."""
+        """The credits that others gave, by rank: chunks below may be put to it."""
         if self.region.closed:
             return np.zeros(self.layout.ranks, np.int64)
         return self.region.view(np.int64, self.layout.ranks, self.layout.credits)
+
+    def opened(self, rank: int, number: int) -> bool:
+        """Whether `rank` has given the credit for all of round `number`."""
+        return int(self.credits[rank]) >= (number + 1) * self.layout.chunks
 
     def _lay_out(self) -> None:
         for guard in self._guards():
@@ -229,13 +273,13 @@ class Mailbox:
     def _guards(self) -> list[NDArray[np.uint8]]:
         """Every byte of the region that belongs to no slot and no word."""
         layout, parts = self.layout, []
-        ends = [(layout.slots + i * layout.stride, layout.nbytes) for i in range(layout.depth)]
-        ends.append((layout.signals, 8 * layout.depth * layout.chunks))
-        ends.append((layout.outgoing, 8 * SIGNAL_RING))
+        ends = [(layout.slots + i * layout.stride, layout.slot_bytes) for i in range(layout.depth)]
+        ends.append((layout.signals, 8 * layout.places))
+        ends.append((layout.outgoing, 8 * SIGNAL_RING * layout.chunks))
         ends.append((layout.credits, 8 * layout.ranks))
         ends.append((layout.doze, 8))
         if layout.verify:
-            ends.append((layout.checks, 8 * layout.depth * layout.chunks))
+            ends.append((layout.checks, 8 * layout.places))
             ends.append((layout.out_checks, 8 * SIGNAL_RING * layout.chunks))
         position = 0
         for start, length in ends:
@@ -248,7 +292,7 @@ class Mailbox:
         return all(bool((guard == GUARD_BYTE).all()) for guard in self._guards())
 
     def slot(self, number: int, dtype: Any, count: int) -> NDArray[Any]:
-        """What stands in the slot of round `number`, as `count` elements of `dtype`."""
+        """What stands in the slot of round `number` (no ring's), as `count` elements of `dtype`."""
         offset = self.layout.slots + (number % self.layout.depth) * self.layout.stride
         return self.region.view(dtype, count, offset)
 

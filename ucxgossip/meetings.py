@@ -21,7 +21,7 @@ from ucxgossip.errors import (
 )
 from ucxgossip.guests import Guests
 from ucxgossip.history import plain
-from ucxgossip.mailbox import Layout, Mailbox, usual_depth
+from ucxgossip.mailbox import Mailbox, usual_depth
 from ucxgossip.members import Warden
 from ucxgossip.membership import log, nothing
 from ucxgossip.rendezvous import Rendezvous, first_difference
@@ -248,17 +248,24 @@ class Meetings(Guests):
         finally:
             self._naming = before
 
-    def mailbox(self, nbytes: int, depth: int | None = None) -> Mailbox:
+    def mailbox(self, nbytes: int, depth: int | None = None, ring: bool = False) -> Mailbox:
         """A stream of rounds of at most `nbytes` each, `depth` of which may wait. Collective.
 
-        depth: `mailbox.usual_depth` by default, 2 for all but small payloads.
+        depth: `mailbox.usual_depth` by default, 2 for all but small payloads. ring: each round is
+        waited for as soon as it is posted (as `exchange` does), so that large payloads may go
+        through a ring of `depth` chunks (`Tuning.ring` by default) instead of whole slots: half
+        the time over shared memory (docs/performance.md), and little memory.
         """
         self._check_usable()
         if isinstance(nbytes, bool) or not isinstance(nbytes, int) or nbytes < 1:
             raise ArgumentError(f"mailbox of {nbytes!r} bytes; must be a positive whole number")
+        if not isinstance(ring, bool):
+            raise ArgumentError(f"mailbox: ring is {ring!r}; must be True or False")
         if depth is None:
-            depth = 2 if self.exact_credits else usual_depth(nbytes)
-        layout = Layout(nbytes, depth, self.tuning.chunk, self.verify, self.size)
+            ring = ring and nbytes > self.tuning.ring * self.tuning.chunk > 0
+            usual = 2 if self.exact_credits else usual_depth(nbytes)
+            depth = self.tuning.ring if ring else usual
+        layout = self._layout(nbytes, depth, ring)
         name = self.label(self._naming)
         if self._look_up(lambda: name in self._unclaimed):
             mailbox = self._unclaimed.pop(name)
@@ -269,10 +276,11 @@ class Meetings(Guests):
                     f"slots, rank {self.rank} has {nbytes} in {depth}"
                 )
             return mailbox
-        mailbox = self._open(nbytes, depth)
+        mailbox = self._open(layout)
 
         def record() -> None:
-            self._history.mailboxes.append((name, nbytes, depth))
+            self._history.mailboxes.append((name, nbytes, depth, ring))
 
-        self._compare(f"mailbox {mailbox.index}", {"bytes": nbytes, "depth": depth}, record)
+        facts = {"bytes": nbytes, "depth": depth, "ring": ring}
+        self._compare(f"mailbox {mailbox.index}", facts, record)
         return mailbox

@@ -10,7 +10,7 @@ from ucxgossip import jit
 from ucxgossip.engine import rounds
 from ucxgossip.engine import words as w
 from ucxgossip.engine.checks import intact
-from ucxgossip.engine.handlers import arrived, mailbox_words
+from ucxgossip.engine.handlers import arrived, mailbox_words, place_of, place_offset
 
 
 @jit.njit
@@ -29,7 +29,7 @@ def complete(engine: Any, index: int, number: int, nbytes: int) -> bool:
 def first_corrupt(engine: Any, index: int, number: int, nbytes: int) -> int:
     """The first chunk of message `number` that is not what its checksum says, or -1."""
     mailbox = mailbox_words(engine, index)
-    slot = mailbox[w.SLOTS] + (number % mailbox[w.DEPTH]) * mailbox[w.STRIDE]
+    slot = mailbox[w.SLOTS] + place_offset(mailbox, place_of(mailbox, number, 0))
     parts = (nbytes + mailbox[w.CHUNK] - 1) // mailbox[w.CHUNK]
     for part in range(parts):
         offset = part * mailbox[w.CHUNK]

@@ -20,7 +20,7 @@ from ucxgossip.engine import words as w
 from ucxgossip.engine.post import Post
 from ucxgossip.errors import ArgumentError, ExchangeError, ExchangeTimeoutError
 from ucxgossip.kernels.cpu import mix
-from ucxgossip.mailbox import MAX_ROUND, Mailbox
+from ucxgossip.mailbox import Mailbox
 from ucxgossip.ucp import abi, ops
 from ucxgossip.ucp.context import Context
 from ucxgossip.ucp.endpoint import Endpoint
@@ -45,7 +45,8 @@ class Tuning:
     idle passes before yielding, and (at most) before sleeping. chunk (bytes) and window (chunks):
     what is put, signalled and mixed at a time, and how many may be in flight. endpoints:
     connections to other ranks that are kept; beyond it the one that was not used for longest is
-    closed.
+    closed. ring: chunks that a mailbox for large blocking rounds holds (`Group.mailbox`); 0: whole
+    payloads.
     """
 
     eager: int = 4096
@@ -54,6 +55,7 @@ class Tuning:
     chunk: int = 1 << 18
     window: int = 16
     endpoints: int = 128
+    ring: int = 8
 
     def __post_init__(self) -> None:
         for name, least in {
@@ -63,6 +65,7 @@ class Tuning:
             "chunk": 8,
             "window": 1,
             "endpoints": LEAST_ENDPOINTS,
+            "ring": 0,
         }.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -219,7 +222,8 @@ class Engine:
         row[w.SLOTS_OFFSET] = layout.slots
         row[w.SIGNALS_OFFSET] = layout.signals
         row[w.STRIDE] = layout.stride
-        row[w.DEPTH] = layout.depth
+        row[w.PLACES] = layout.places
+        row[w.PER_SLOT] = layout.per_slot
         row[w.CHUNK] = layout.chunk
         row[w.CHUNKS] = layout.chunks
         row[w.CAPACITY] = layout.nbytes
@@ -295,7 +299,7 @@ class Engine:
         kick: wake the engine thread, unless the caller waits at once.
         """
         self._check_open()
-        if not 0 <= mailbox.round < MAX_ROUND:
+        if not 0 <= mailbox.round < mailbox.layout.rounds:
             raise ArgumentError(f"round {mailbox.round} is out of range")
         if not rounds.post(self.words, mailbox.index, mailbox.round, *what, int(kick)):
             raise ExchangeError(f"mailbox {mailbox.index}: its last round is still under way")
@@ -373,13 +377,22 @@ class Engine:
                     ops.free(request)
             row[w.SENT] = row[w.PUT]
 
+    @staticmethod
+    def _unopened(mailbox: Mailbox, row: NDArray[np.int64]) -> bool:
+        """Whether the credit for the next chunk of the round under way is missing."""
+        chunk = int(row[w.ROUND]) * mailbox.layout.chunks + int(row[w.PUT])
+        return int(mailbox.credits[int(row[w.TO])]) <= chunk
+
     def describe_wait(self, mailbox: Mailbox, seconds: float) -> ExchangeTimeoutError:
         """The error that says whom this mailbox's round waits for, for what, and how long."""
         row = self.table[mailbox.index]
         to, sender = int(row[w.TO]), int(row[w.FROM])
         parts = int(row[w.PARTS])
-        if to >= 0 and row[w.NEED_CREDIT]:
+        put = int(row[w.PUT])
+        if to >= 0 and put < parts and self._unopened(mailbox, row):
             rank, what = to, "to free its slot (it is at an earlier round)"
+            if put:
+                what = f"to free its place for chunk {put + 1} of {parts}"
         elif to >= 0 and row[w.SENT] < parts:
             rank, what = to, f"to take chunk {int(row[w.SENT]) + 1} of {parts}"
         else:

@@ -14,7 +14,7 @@ from numba import types
 
 from ucxgossip import jit
 from ucxgossip.engine import words as w
-from ucxgossip.mailbox import MAX_ROUND, signal_word
+from ucxgossip.mailbox import MAX_POSITION, signal_word
 
 
 @jit.njit
@@ -41,16 +41,20 @@ def _header(address: int, header: int, header_bytes: int) -> Any:
     fields = jit.view_words(copy, w.HEADER_WORDS)
     fits = (
         0 <= fields[0] < engine[w.MAILBOXES]
-        and 0 <= fields[1] < MAX_ROUND
+        and fields[1] >= 0
         and fields[2] >= 0
         and fields[3] == engine[w.EPOCH]
         and 0 <= fields[4] < engine[w.RANKS]
-        and 0 <= fields[5] <= MAX_ROUND
+        and 0 <= fields[5] <= MAX_POSITION
     )
     if fits:
         mailbox = mailbox_words(engine, fields[0])
         checked = header_bytes == w.CHECKED_HEADER_BYTES
-        fits = fields[2] < mailbox[w.CHUNKS] and (not checked or mailbox[w.CHECKS] != 0)
+        fits = (
+            fields[1] < MAX_POSITION // mailbox[w.CHUNKS]
+            and fields[2] < mailbox[w.CHUNKS]
+            and (not checked or mailbox[w.CHECKS] != 0)
+        )
     if not fits:
         engine[w.MALFORMED] += 1
     return engine, fits
@@ -66,38 +70,55 @@ def take_credit(engine: Any, mailbox: Any) -> None:
 
 
 @jit.njit
-def signal_index(mailbox: Any, number: int, chunk: int) -> int:
-    """Where the signal word of (round, chunk) stands among the mailbox's signal words."""
-    return (number % mailbox[w.DEPTH]) * mailbox[w.CHUNKS] + chunk  # type: ignore[no-any-return]
+def position(mailbox: Any, number: int, chunk: int) -> int:
+    """The number of (round, chunk) among all chunks that ever go through the mailbox."""
+    return number * mailbox[w.CHUNKS] + chunk  # type: ignore[no-any-return]
+
+
+@jit.njit
+def place_of(mailbox: Any, number: int, chunk: int) -> int:
+    """The place of (round, chunk) in a mailbox, and of its signal word among the signal words."""
+    return position(mailbox, number, chunk) % mailbox[w.PLACES]  # type: ignore[no-any-return]
+
+
+@jit.njit
+def place_offset(mailbox: Any, place: int) -> int:
+    """Bytes from slot 0 to a place."""
+    slot, part = place // mailbox[w.PER_SLOT], place % mailbox[w.PER_SLOT]
+    return slot * mailbox[w.STRIDE] + part * mailbox[w.CHUNK]  # type: ignore[no-any-return]
 
 
 @jit.njit
 def signal_words(mailbox: Any) -> Any:
     """The signal words that others put."""
-    return jit.view_words(mailbox[w.SIGNALS], mailbox[w.DEPTH] * mailbox[w.CHUNKS])
+    return jit.view_words(mailbox[w.SIGNALS], mailbox[w.PLACES])
+
+
+@jit.njit
+def word_of(engine: Any, mailbox: Any, number: int, chunk: int) -> int:
+    """The signal word that says "(round, chunk) is there"."""
+    return signal_word(engine[w.EPOCH], position(mailbox, number, chunk))
 
 
 @jit.njit
 def arrived(engine: Any, mailbox: Any, number: int, chunk: int) -> bool:
-    """Whether chunk `chunk` of round `number` is in its slot."""
-    expected = signal_word(engine[w.EPOCH], number)
-    index = signal_index(mailbox, number, chunk)
-    return jit.load_acquire(signal_words(mailbox), index) == expected
+    """Whether chunk `chunk` of round `number` is in its place."""
+    expected = word_of(engine, mailbox, number, chunk)
+    return jit.load_acquire(signal_words(mailbox), place_of(mailbox, number, chunk)) == expected
 
 
 @jit.njit
 def seen(engine: Any, mailbox: Any, number: int, chunk: int) -> bool:
     """Whether the signal of a bell has become visible, be it overwritten by a later round's."""
-    expected = signal_word(engine[w.EPOCH], number)
-    index = signal_index(mailbox, number, chunk)
-    return jit.load_acquire(signal_words(mailbox), index) >= expected
+    expected = word_of(engine, mailbox, number, chunk)
+    return jit.load_acquire(signal_words(mailbox), place_of(mailbox, number, chunk)) >= expected
 
 
 @jit.njit
 def on_data(
     address: int, header: int, header_bytes: int, data: int, nbytes: int, param: int
 ) -> int:
-    """A whole round in one message: copy it into its slot, then raise its signal."""
+    """A whole round in one message: copy it into its place, then raise its signal."""
     engine, fits = _header(address, header, header_bytes)
     if fits:
         number = engine[w.HEADER_COPY + 1]
@@ -108,14 +129,13 @@ def on_data(
         ):
             engine[w.MALFORMED] += 1
             return 0
-        slot = number % mailbox[w.DEPTH]
-        jit.copy_memory(mailbox[w.SLOTS] + slot * mailbox[w.STRIDE], data, nbytes)
-        index = signal_index(mailbox, number, 0)
+        place = place_of(mailbox, number, 0)
+        jit.copy_memory(mailbox[w.SLOTS] + place_offset(mailbox, place), data, nbytes)
         if checked:
             told = engine[w.HEADER_COPY + w.HEADER_WORDS]
-            jit.view_words(mailbox[w.CHECKS] + 8 * index, 1)[0] = told
-        expected = signal_word(engine[w.EPOCH], number)
-        jit.store_release(signal_words(mailbox), index, expected)
+            jit.view_words(mailbox[w.CHECKS] + 8 * place, 1)[0] = told
+        expected = word_of(engine, mailbox, number, 0)
+        jit.store_release(signal_words(mailbox), place, expected)
         take_credit(engine, mailbox)
     return 0
 
@@ -124,7 +144,7 @@ def on_data(
 def on_credit(
     address: int, header: int, header_bytes: int, data: int, nbytes: int, param: int
 ) -> int:
-    """Slots of the sender are free for this rank to write."""
+    """Places of the sender are free for this rank to write."""
     engine, fits = _header(address, header, header_bytes)
     if fits:
         take_credit(engine, mailbox_words(engine, engine[w.HEADER_COPY]))

@@ -5,10 +5,11 @@ puts its source chunk by chunk into the partner's slot, each chunk followed by i
 mixes the chunks that arrive into its target. In place, chunk c is mixed once its own copy has left
 (`SENT`) and the partner's has come.
 
-A credit tells another rank that it may put all rounds below a number here. It rides on a small
-round's message; whoever puts a round soon and has not heard of its slot by then gets one of its
-own: `AHEAD` rounds before, at the latest when that round is posted here. Into memory of this
-machine it is stored, and its owner woken only if it dozes.
+A credit tells another rank that it may put all chunks below a number here, counted over all rounds.
+It rides on a small round's message; whoever puts a round soon and has not heard of its slot by then
+gets one of its own: `AHEAD` rounds before, at the latest when that round is posted here. Where a
+round goes through fewer places than it has chunks (a ring), more follow as chunks are mixed. Into
+memory of this machine a credit is stored, and its owner woken only if it dozes.
 
 A chunk is also the unit of integrity: where its values are not finite it is left out and counted
 (`apply`); where its checksum does not fit the round fails (`checks`).
@@ -30,8 +31,16 @@ from ucxgossip import jit
 from ucxgossip.engine import words as w
 from ucxgossip.engine.apply import apply
 from ucxgossip.engine.checks import checksum, intact
-from ucxgossip.engine.handlers import arrived, mailbox_floats, mailbox_words, signal_index
-from ucxgossip.mailbox import SIGNAL_RING, signal_word
+from ucxgossip.engine.handlers import (
+    arrived,
+    mailbox_floats,
+    mailbox_words,
+    place_of,
+    place_offset,
+    position,
+    word_of,
+)
+from ucxgossip.mailbox import SIGNAL_RING
 from ucxgossip.ucp import ops
 
 _IN_PROGRESS = 1
@@ -63,8 +72,8 @@ def _send(
 ) -> int:
     """Send an active message about (round, chunk); `nbytes` of the source go with it."""
     # UCX 1.13 does not know COPY_HEADER: the ring keeps a header while its message may wait.
-    header = mailbox[w.HEADERS] + w.CHECKED_HEADER_BYTES * ((number + chunk) % w.HEADER_RING)
-    header += w.CHECKED_HEADER_BYTES * w.HEADER_RING * ident
+    kept = w.HEADER_RING * ident + (number + chunk + credit) % w.HEADER_RING
+    header = mailbox[w.HEADERS] + w.CHECKED_HEADER_BYTES * kept
     header_bytes = w.HEADER_BYTES
     fields = jit.view_words(header, w.HEADER_WORDS + 1)
     fields[0], fields[1], fields[2] = mailbox[w.INDEX], number, chunk
@@ -118,7 +127,7 @@ def _told(engine: Any, mailbox: Any) -> Any:
 
 @jit.njit
 def grant(engine: Any, mailbox: Any, rank: int, credit: int) -> int:
-    """Tell `rank` that it may put all rounds below `credit` here; an error status, or 0."""
+    """Tell `rank` that it may put all chunks below `credit` here; an error status, or 0."""
     told = _told(engine, mailbox)
     if credit <= told[rank]:
         return 0
@@ -133,12 +142,28 @@ def grant(engine: Any, mailbox: Any, rank: int, credit: int) -> int:
 
 
 @jit.njit
-def _grant_for(engine: Any, mailbox: Any, rank: int, number: int, ended: int) -> int:
-    """Let `rank` put round `number`, all below `ended` having ended; an error status, or 0."""
-    if _told(engine, mailbox)[rank] > number:
+def _grant_for(engine: Any, mailbox: Any, rank: int, number: int, mixed: int) -> int:
+    """Let `rank` put round `number`, all chunks below `mixed` being out of the slots.
+
+    An error status, or 0.
+    """
+    told = _told(engine, mailbox)[rank]
+    first = position(mailbox, number, 0)
+    last = first + mailbox[w.CHUNKS]
+    if told >= last:
         return 0
-    credit = number + 1 if engine[w.EXACT] else ended + mailbox[w.DEPTH]
+    credit = mixed + mailbox[w.PLACES]
+    if engine[w.EXACT]:
+        credit = min(credit, last)
+    if credit <= first or (told > first and credit < min(last, told + _grain(mailbox))):
+        return 0
     return grant(engine, mailbox, rank, credit)
+
+
+@jit.njit
+def _grain(mailbox: Any) -> int:
+    """How many more chunks a credit opens, at least, that is not the first one of its round."""
+    return (mailbox[w.PLACES] + 3) // 4  # type: ignore[no-any-return]
 
 
 @jit.njit
@@ -149,7 +174,7 @@ def _riding(engine: Any, mailbox: Any) -> int:
     """
     if engine[w.EXACT] or mailbox[w.FROM] < 0:
         return 0
-    credit = mailbox[w.ROUND] + mailbox[w.DEPTH]
+    credit = position(mailbox, mailbox[w.ROUND], 0) + mailbox[w.PLACES]
     told = _told(engine, mailbox)
     if credit > told[mailbox[w.TO]]:
         told[mailbox[w.TO]] = credit
@@ -158,14 +183,10 @@ def _riding(engine: Any, mailbox: Any) -> int:
 
 @jit.njit
 def _credited(engine: Any, mailbox: Any) -> bool:
-    """Whether the partner's slot is free for this round."""
-    if mailbox[w.NEED_CREDIT] == 0:
-        return True
+    """Whether the place of the next chunk is free on the partner."""
     credits = jit.view_words(mailbox[w.CREDITS], engine[w.RANKS])
-    if jit.load_acquire(credits, mailbox[w.TO]) <= mailbox[w.ROUND]:
-        return False
-    mailbox[w.NEED_CREDIT] = 0
-    return True
+    chunk = position(mailbox, mailbox[w.ROUND], mailbox[w.PUT])
+    return jit.load_acquire(credits, mailbox[w.TO]) > chunk
 
 
 @jit.njit
@@ -178,18 +199,24 @@ def _ring(engine: Any, mailbox: Any, part: int) -> int:
 
 @jit.njit
 def _store_signalled(engine: Any, mailbox: Any, part: int, offset: int, nbytes: int) -> int:
-    """Copy one chunk into a slot of this machine, then its signal, with release order."""
+    """Copy one chunk into a place of this machine, then its signal, with release order."""
     number = mailbox[w.ROUND]
     direct = _peer(engine, mailbox, mailbox[w.TO])[2]
-    slot = direct + mailbox[w.SLOTS_OFFSET] + (number % mailbox[w.DEPTH]) * mailbox[w.STRIDE]
-    jit.copy_memory(slot + offset, mailbox[w.SOURCE] + offset, nbytes)
-    index = signal_index(mailbox, number, part)
+    place = place_of(mailbox, number, part)
+    slots = direct + mailbox[w.SLOTS_OFFSET]
+    jit.copy_memory(slots + place_offset(mailbox, place), mailbox[w.SOURCE] + offset, nbytes)
     if mailbox[w.CHECKS] != 0:
         check = checksum(engine, mailbox, number, part, mailbox[w.SOURCE] + offset, nbytes)
-        jit.view_words(direct + mailbox[w.CHECKS_OFFSET] + 8 * index, 1)[0] = check
-    signals = direct + mailbox[w.SIGNALS_OFFSET] + 8 * index
-    jit.store_release(jit.view_words(signals, 1), 0, signal_word(engine[w.EPOCH], number))
+        jit.view_words(direct + mailbox[w.CHECKS_OFFSET] + 8 * place, 1)[0] = check
+    signal = jit.view_words(direct + mailbox[w.SIGNALS_OFFSET] + 8 * place, 1)
+    jit.store_release(signal, 0, word_of(engine, mailbox, number, part))
     return _ring(engine, mailbox, part) if _dozes(mailbox, direct) else 0
+
+
+@jit.njit
+def _outgoing(mailbox: Any, part: int) -> int:
+    """Which of the words that are put from is that of chunk `part`."""
+    return (mailbox[w.ROUND] % SIGNAL_RING) * mailbox[w.CHUNKS] + part  # type: ignore[no-any-return]
 
 
 @jit.njit
@@ -197,11 +224,11 @@ def _put_check(engine: Any, mailbox: Any, part: int, offset: int, nbytes: int) -
     """Put the checksum of one chunk; an error status, or 0."""
     number = mailbox[w.ROUND]
     peer = _peer(engine, mailbox, mailbox[w.TO])
-    word = mailbox[w.OUT_CHECKS] + 8 * ((number % SIGNAL_RING) * mailbox[w.CHUNKS] + part)
+    word = mailbox[w.OUT_CHECKS] + 8 * _outgoing(mailbox, part)
     jit.view_words(word, 1)[0] = checksum(
         engine, mailbox, number, part, mailbox[w.SOURCE] + offset, nbytes
     )
-    remote = peer[0] + mailbox[w.CHECKS_OFFSET] + 8 * signal_index(mailbox, number, part)
+    remote = peer[0] + mailbox[w.CHECKS_OFFSET] + 8 * place_of(mailbox, number, part)
     endpoint = _endpoint(engine, mailbox[w.TO])
     return _forget(ops.put(endpoint, word, 8, remote, peer[1], mailbox[w.OUT_PARAM]))
 
@@ -213,12 +240,12 @@ def _put_signalled(engine: Any, mailbox: Any, part: int, offset: int, nbytes: in
     endpoint = _endpoint(engine, mailbox[w.TO])
     peer = _peer(engine, mailbox, mailbox[w.TO])
     base, key = peer[0], peer[1]
-    slot = mailbox[w.SLOTS_OFFSET] + (number % mailbox[w.DEPTH]) * mailbox[w.STRIDE]
+    place = place_of(mailbox, number, part)
     request = ops.put(
         endpoint,
         mailbox[w.SOURCE] + offset,
         nbytes,
-        base + slot + offset,
+        base + mailbox[w.SLOTS_OFFSET] + place_offset(mailbox, place),
         key,
         mailbox[w.SOURCE_PARAM],
     )
@@ -232,10 +259,9 @@ def _put_signalled(engine: Any, mailbox: Any, part: int, offset: int, nbytes: in
     if status < 0:
         _forget(request)
         return status
-    index = signal_index(mailbox, number, part)
-    word = mailbox[w.OUTGOING] + 8 * (number % SIGNAL_RING)
-    jit.view_words(word, 1)[0] = signal_word(engine[w.EPOCH], number)
-    remote = base + mailbox[w.SIGNALS_OFFSET] + 8 * index
+    word = mailbox[w.OUTGOING] + 8 * _outgoing(mailbox, part)
+    jit.view_words(word, 1)[0] = word_of(engine, mailbox, number, part)
+    remote = base + mailbox[w.SIGNALS_OFFSET] + 8 * place
     status = _forget(ops.put(endpoint, word, 8, remote, key, mailbox[w.OUT_PARAM]))
     if status == 0:
         status = _ring(engine, mailbox, part)
@@ -310,10 +336,10 @@ def _mix_next(engine: Any, mailbox: Any, floats: Any) -> int:
         return 0
     offset = part * mailbox[w.CHUNK]
     nbytes = min(mailbox[w.CHUNK], mailbox[w.NBYTES] - offset)
-    slot = mailbox[w.SLOTS] + (mailbox[w.ROUND] % mailbox[w.DEPTH]) * mailbox[w.STRIDE]
-    if not intact(engine, mailbox, mailbox[w.ROUND], part, slot + offset, nbytes):
+    came = mailbox[w.SLOTS] + place_offset(mailbox, place_of(mailbox, mailbox[w.ROUND], part))
+    if not intact(engine, mailbox, mailbox[w.ROUND], part, came, nbytes):
         return _fail(mailbox, w.CORRUPT)
-    apply(mailbox, floats, mailbox[w.TARGET] + offset, slot + offset, nbytes)
+    apply(mailbox, floats, mailbox[w.TARGET] + offset, came, nbytes)
     mailbox[w.MIXED] = part + 1
     return 1
 
@@ -328,7 +354,8 @@ def _finish(engine: Any, mailbox: Any) -> int:
     if mailbox[w.NEXT_WRITER] >= 0:
         number = mailbox[w.ROUND]
         following = number + mailbox[w.AHEAD]
-        status = _grant_for(engine, mailbox, mailbox[w.NEXT_WRITER], following, number + 1)
+        mixed = position(mailbox, number + 1, 0)
+        status = _grant_for(engine, mailbox, mailbox[w.NEXT_WRITER], following, mixed)
         if status < 0:
             return _fail(mailbox, status)
     mailbox[w.DONE_NS] = jit.now_ns()
@@ -344,7 +371,8 @@ def advance(engine: Any, mailbox: Any, floats: Any, turn: bool) -> int:
     """
     if mailbox[w.FROM] >= 0:
         number = mailbox[w.ROUND]
-        status = _grant_for(engine, mailbox, mailbox[w.FROM], number, number)
+        mixed = position(mailbox, number, mailbox[w.MIXED])
+        status = _grant_for(engine, mailbox, mailbox[w.FROM], number, mixed)
         if status < 0:
             return _fail(mailbox, status)
     moved = _put_next(engine, mailbox) if turn else 0
@@ -393,7 +421,6 @@ def post(
     mailbox[w.FROM] = sender
     mailbox[w.OPERATION] = operation
     mailbox[w.HELD] = held
-    mailbox[w.NEED_CREDIT] = to >= 0
     mailbox[w.NEXT_WRITER] = next_writer
     mailbox[w.WHOLE] = whole
     mailbox[w.SPOILED] = 0
