@@ -45,7 +45,7 @@ class Ours:
         """Collective. Open a mailbox for each array."""
         self._group = group
         self._schedule = Rotated(Dissemination(group.size), seed=0)
-        self._pairs = [(group.mailbox(array.nbytes), array) for array in data.arrays]
+        self._pairs = [(group.mailbox(array.nbytes, ring=True), array) for array in data.arrays]
         self._posts = [(box, Buffer.of(array)) for box, array in self._pairs]
         self.once = self._exchange if len(self._pairs) == 1 else self._exchange_all
         self._first: Mailbox = self._pairs[0][0]

@@ -27,7 +27,7 @@ TIMEOUT_S = 120.0
 def measure(group: Group, nbytes: int, repeats: int, seconds: float) -> dict[str, object]:
     """Medians (us), spreads and idle cores (%) at one size. Collective."""
     array = np.full(nbytes // 4, float(group.rank), np.float32)
-    mailbox = group.mailbox(nbytes)
+    mailbox = group.mailbox(nbytes, ring=True)
     other = np.full(nbytes // 4, float(group.rank), np.float32)
     theirs = GlooAllreduce(Arrays(group.rank, group.size, [other]))
 

@@ -71,7 +71,7 @@ def grown(samples: Sequence[dict[str, Any]]) -> list[str]:
 
 def as_rank(group: Group, exchanges: int) -> list[dict[str, Any]]:
     """Exchange, and sample every twentieth of the way; this rank's rows."""
-    boxes = [group.mailbox(nbytes) for nbytes in SIZES]
+    boxes = [group.mailbox(nbytes, ring=True) for nbytes in SIZES]
     arrays = [np.zeros(nbytes // 4, np.float32) for nbytes in SIZES]
     due = {round(exchanges * (k + 1) / SAMPLES) for k in range(SAMPLES)}
     other, wrong = 1 - group.rank, 0

@@ -68,11 +68,12 @@ log = logging.getLogger("ucxgossip")
 
 TUNING: dict[str, Tuning] = {
     "tcp": Tuning(chunk=1 << 20, window=4, eager=1 << 16),
-    "shm": Tuning(chunk=1 << 18, window=16),
+    "shm": Tuning(chunk=1 << 18, window=16, ring=4),
     "auto": Tuning(chunk=1 << 18, window=16, eager=1 << 16),
 }
 """Constants by transport. eager: over TCP one message costs half of a put, its signal, its
-acknowledgement and a credit (docs/performance.md)."""
+acknowledgement and a credit. ring: over shared memory 1 MiB, as large as a core's L2 cache; over a
+network what is under way must fit in (docs/performance.md)."""
 
 
 def usual_tuning(transport: str) -> Tuning:
@@ -455,9 +456,9 @@ class Group(Partners):
                 self._fail(self.engine.describe_wait(mailbox, waited))
         self._check_usable()
         with self._lock:
-            row = self.engine.table[mailbox.index]
-            state, epoch = int(row[w.STATE]), self.epoch
+            state, epoch = self.engine.table.item(mailbox.index, w.STATE), self.epoch
         if state == w.FAILED:
+            row = self.engine.table[mailbox.index]
             status = int(row[w.FAILURE])
             to, sender = int(row[w.TO]), int(row[w.FROM])
             if status == w.CORRUPT:
@@ -468,7 +469,7 @@ class Group(Partners):
             )
             error = UCXError(ops.PUT, status, status_name(status), where)
             self._doubt((to, sender), epoch, error)
-        return state == w.DONE
+        return bool(state == w.DONE)
 
     def fail_corrupt(self, mailbox: Mailbox, sender: int, number: int, chunk: int) -> NoReturn:
         """Break off: `chunk` of round `number`, put by `sender`, is not what its checksum says."""
@@ -547,7 +548,8 @@ class Group(Partners):
         and dtype in each call (`ArrayError` else). With mix=True the array becomes the mean of
         itself and what came in, and is returned; with mix=False it stays, and what came in is
         returned as a new array. schedule: `Rotated(Dissemination(size))` by default; the same in
-        each call. mailbox: one of `mailbox(array.nbytes)`, to exchange arrays of several sizes.
+        each call. mailbox: one of `mailbox(array.nbytes, ring=True)`, to exchange arrays of several
+        sizes.
         nonfinite: what mixing does with a chunk in which this rank or the other has a NaN or an
         infinity: ``"skip"`` leaves this rank's values as they are, counts (`nonfinite`) and warns;
         ``"raise"`` does so and raises `NonFiniteError` after the round; ``"allow"`` mixes.
@@ -592,7 +594,7 @@ class Group(Partners):
             raise ArrayError(
                 f"exchange: the array has {buffer.nbytes} bytes, its mailbox {box.layout.nbytes}; "
                 "sizes may not change between rounds. For several sizes make one "
-                "group.mailbox(nbytes) each and pass it as mailbox="
+                "group.mailbox(nbytes, ring=True) each and pass it as mailbox="
             )
         if self.size == 1:
             return array if mix else array.copy()

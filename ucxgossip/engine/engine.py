@@ -311,7 +311,7 @@ class Engine:
 
     def active(self, mailbox: Mailbox) -> bool:
         """Whether a round of `mailbox` is under way."""
-        return bool(self.table[mailbox.index, w.STATE] == w.ACTIVE)
+        return bool(self.table.item(mailbox.index, w.STATE) == w.ACTIVE)
 
     def target_of(self, mailbox: Mailbox) -> int:
         """The rank to which the mailbox's last round goes, -1 for none."""

@@ -30,10 +30,10 @@ class Meter:
 
     def posted(self, group: Group, mailbox: Mailbox) -> None:
         """A round of `mailbox` was posted."""
-        row = group.engine.table[mailbox.index]
+        item, index = group.engine.table.item, mailbox.index
         self.rounds += 1
-        if row[w.TO] >= 0:
-            self.nbytes += int(row[w.NBYTES])
+        if item(index, w.TO) >= 0:
+            self.nbytes += item(index, w.NBYTES)
 
     def wait(self, group: Group, mailbox: Mailbox, what: str, steps_late: int = 0) -> float | None:
         """Wait for the round of `mailbox`; the squared distance of what was mixed.
@@ -50,11 +50,13 @@ class Meter:
         if not whole:
             self.broken += 1
             return None
-        row = group.engine.table[mailbox.index]
-        self.exchange_s += (int(row[w.DONE_NS]) - int(row[w.POSTED_NS])) * 1e-9
-        self.mixed(int(row[w.FROM]), steps_late)
-        self.quarantine.left_out(group.rank, group.left_out(mailbox), what)
-        return float(group.engine.floats[mailbox.index, w.DISTANCE])
+        item, index = group.engine.table.item, mailbox.index
+        self.exchange_s += (item(index, w.DONE_NS) - item(index, w.POSTED_NS)) * 1e-9
+        self.mixed(item(index, w.FROM), steps_late)
+        found = group.left_out(mailbox)
+        if found:
+            self.quarantine.left_out(group.rank, found, what)
+        return float(group.engine.floats.item(index, w.DISTANCE))
 
     def mixed(self, sender: int, steps_late: int) -> None:
         """What `sender` put was mixed, `steps_late` own steps after it was due."""

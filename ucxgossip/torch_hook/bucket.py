@@ -106,6 +106,7 @@ class Bucket:
         self.waiting = len(self.parameters)
         self.received = [False] * len(self.parameters)
         self.posted = False
+        self._places = [view.data_ptr() for view in self.weights.views]
 
     def adopt(self) -> None:
         """Move the parameters' data into the bucket."""
@@ -124,8 +125,8 @@ class Bucket:
 
     def check_in_place(self) -> None:
         """`ModelError` if a parameter's data is no longer where `adopt` put it."""
-        for parameter, view in zip(self.parameters, self.weights.views, strict=True):
-            if parameter.data_ptr() != view.data_ptr():
+        for parameter, place in zip(self.parameters, self._places, strict=True):
+            if parameter.data_ptr() != place:
                 raise ModelError(
                     f"a parameter of shape {tuple(parameter.shape)} was given other memory after "
                     "attach (model.to(), .double(), .data = ...), so "
@@ -148,6 +149,15 @@ class Bucket:
                     view.zero_()
                 parameter.grad = view
 
+    def zero_gradients(self) -> None:
+        """As `reset_gradients` of all parameters."""
+        assert self.gradients is not None
+        self.gradients.tensor.zero_()
+        for parameter, view in zip(self.parameters, self.gradients.views, strict=True):
+            wanted = view if parameter.requires_grad else None
+            if parameter.grad is not wanted:
+                parameter.grad = wanted
+
     def set_zero(self) -> None:
         """Make every gradient zero where it is."""
         if self.gradients is not None:
@@ -162,9 +172,12 @@ class Bucket:
     def receive(self, index: int) -> bool:
         """Note that parameter `index` has its gradient; whether the bucket is complete."""
         self.take_in(index)
-        if not self.received[index]:
-            self.received[index] = True
-            self.waiting -= 1
+        return self.waiting == 0 if self.received[index] else self.note(index)
+
+    def note(self, index: int) -> bool:
+        """As `receive`, for a first gradient that is in the bucket."""
+        self.received[index] = True
+        self.waiting -= 1
         return self.waiting == 0
 
     def take_in(self, index: int) -> None:

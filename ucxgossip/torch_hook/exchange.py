@@ -47,7 +47,6 @@ class Exchange:
         self.meter = Meter(quarantine=Quarantine(modes.nonfinite))
         self.collective = Collective(group, self.meter.quarantine)
         self.buckets = [Bucket(group, run, modes.gradients_travel) for run in runs]
-        self.order = list(self.buckets)
         # Whoever is wanted first comes first: backward completes the last bucket first.
         for bucket in reversed(self.buckets):
             if bucket.gradients is not None:
@@ -55,6 +54,7 @@ class Exchange:
         for bucket in self.buckets:
             if modes.weights_travel:
                 bucket.weights_stream = self._weights_stream(bucket)
+        self.arrange(self.buckets)
         self.state = (
             OptimizerState(optimizer, self.buckets, group, schedule, self.meter, modes, label)
             if modes.optimizer_state
@@ -83,6 +83,10 @@ class Exchange:
         make = Held if modes.combine == "awc" else InPlace
         return make(*common, first, what="weights")
 
+    def arrange(self, order: Sequence[Bucket]) -> None:
+        """Send weights in this order of buckets from now on."""
+        self._weights = [each.weights_stream for each in order if each.weights_stream is not None]
+
     # --- a step --------------------------------------------------------------------------------
 
     def begin(self) -> None:
@@ -95,7 +99,7 @@ class Exchange:
 
     def settle(self) -> None:
         """Return once the optimizer may step."""
-        for stream in self._weights():
+        for stream in self._weights:
             stream.settle()
         self.settle_state()
 
@@ -110,7 +114,7 @@ class Exchange:
         stepped: whether the optimizer did step.
         """
         position = self._position()
-        for stream in self._weights():
+        for stream in self._weights:
             stream.post()
         if self.state is not None:
             self.state.post(position, stepped)
@@ -124,10 +128,7 @@ class Exchange:
                 bucket.weights_stream.wait()
 
     def _position(self) -> int:
-        return next((stream.position for stream in self._weights()), 0)
-
-    def _weights(self) -> list[Stream]:
-        return [each.weights_stream for each in self.order if each.weights_stream is not None]
+        return next((stream.position for stream in self._weights), 0)
 
     # --- exact, over all ranks -----------------------------------------------------------------
 

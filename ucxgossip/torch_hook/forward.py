@@ -65,20 +65,35 @@ def _reachable(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, torch
     yield from walk(module, None)
 
 
+def _waiting(buckets: Iterable[Bucket]) -> Callable[..., None]:
+    """A hook that waits for the weights of `buckets`: it runs for each module in every step."""
+    waits = [each.weights_stream.wait for each in buckets if each.weights_stream is not None]
+
+    def wait(*_: object) -> None:
+        for each in waits:
+            each()
+
+    return wait
+
+
 class Forward:
-    """The forward pre-hooks of `model`. wait: called with the buckets a module is about to read."""
+    """The forward pre-hooks of `model`.
+
+    wait: called with the buckets a module is about to read, as long as it is not known which those
+    are. learnt: called with all buckets in the order in which a forward needs them, once.
+    """
 
     def __init__(
         self,
         model: torch.nn.Module,
         buckets: Sequence[Bucket],
         wait: Callable[[Iterable[Bucket]], None],
+        learnt: Callable[[Sequence[Bucket]], None],
     ) -> None:
-        self.model, self.buckets, self.wait = model, list(buckets), wait
-        self.order = list(buckets)
+        self.model, self.buckets, self.wait, self.learnt = model, list(buckets), wait, learnt
+        self._hooks: dict[torch.nn.Module, Hook] = {}
         self._needs: dict[torch.nn.Module, list[Bucket]] = {}
         self._called: dict[torch.nn.Module, None] = {}
-        self._learning = True
 
     def install(self) -> list[Any]:
         """Register the hooks; their handles."""
@@ -87,25 +102,28 @@ class Forward:
             own = [owner[id(p)] for p in module.parameters(recurse=False) if id(p) in owner]
             self._needs.setdefault(module, [])
             self._needs[server] = list(dict.fromkeys([*self._needs.setdefault(server, []), *own]))
-        return [
-            # First of all pre-hooks: others (weight_norm) read the parameters.
-            module.register_forward_pre_hook(Hook(self._before), prepend=True)
+        self._hooks = {
+            module: Hook(self._before)
             for module, server in _reachable(self.model)
             if server is module and (self._needs[module] or module is self.model)
+        }
+        return [
+            # First of all pre-hooks: others (weight_norm) read the parameters.
+            module.register_forward_pre_hook(hook, prepend=True)
+            for module, hook in self._hooks.items()
         ]
 
     def _before(self, module: torch.nn.Module, _: object) -> None:
-        if self._learning:
-            if module is self.model and self._called:
-                self._learn()
+        if module is not self.model or not self._called:
             self._called.setdefault(module)
-            if self._learning:
-                self.wait(self.buckets)
-                return
-        self.wait(self._needs[module])
+            self.wait(self.buckets)
+            return
+        self._learn()
+        for each, hook in self._hooks.items():
+            hook.call = _waiting(self._needs[each])
+        self._hooks[module].call()
 
     def _learn(self) -> None:
-        self._learning = False
         parents: dict[torch.nn.Module, list[torch.nn.Module]] = {}
         for parent in self.model.modules():
             for child in parent.children():
@@ -115,7 +133,7 @@ class Forward:
                 merged = self._needs[server] + self._needs[module]
                 self._needs[server] = list(dict.fromkeys(merged))
         needed = [bucket for module in self._called for bucket in self._needs.get(module, [])]
-        self.order = list(dict.fromkeys([*needed, *self.buckets]))
+        self.learnt(list(dict.fromkeys([*needed, *self.buckets])))
 
     def _servers(
         self, module: torch.nn.Module, parents: dict[torch.nn.Module, list[torch.nn.Module]]

@@ -22,7 +22,6 @@ from ucxgossip.group import Group
 from ucxgossip.members import ANY
 from ucxgossip.mixing import Modes
 from ucxgossip.schedule import Schedule
-from ucxgossip.torch_hook.bucket import Bucket
 from ucxgossip.torch_hook.exchange import Exchange
 from ucxgossip.torch_hook.forward import Forward, Hook
 from ucxgossip.torch_hook.gradients import Gradients
@@ -80,7 +79,7 @@ class Gossip:
         self._exchange.adopt()
         self._snapshots = Snapshots(group, label, self._snapshot)
         self._handles: list[Any] = []
-        self._forward = Forward(model, self._buckets, self._before_forward)
+        self._forward = Forward(model, self._buckets, self._exchange.wait, self._exchange.arrange)
         if late:
             group.arrive(self._clock, self._fetch, self._go_on)
         else:
@@ -139,7 +138,12 @@ class Gossip:
         keep(self.optimizer.register_load_state_dict_pre_hook(self._before_optimizer_state))
         self._own_zero_grad = vars(self.optimizer).get("zero_grad")
         self._original_zero_grad = self.optimizer.zero_grad
-        self.optimizer.zero_grad = self._zero_grad  # type: ignore[method-assign]
+        # Nothing but this model's parameters, dropped as torch does it?
+        plain = type(self.optimizer).zero_grad is torch.optim.Optimizer.zero_grad
+        self._plain_zero_grad = plain and self._own_zero_grad is None
+        self._all = {id(p) for bucket in self._buckets for p in bucket.parameters}
+        if self._gradients.travel:
+            self.optimizer.zero_grad = self._zero_grad  # type: ignore[method-assign]
         if self._scaler is not None:
             keep(Watch(self._scaler, self.optimizer, self._after_scaler))
         if self.modes.in_place:
@@ -155,8 +159,12 @@ class Gossip:
 
     def _zero_grad(self, set_to_none: bool = True) -> None:
         """The optimizer's ``zero_grad``; gradients that travel are zeroed where they are."""
-        self._original_zero_grad(set_to_none)
         held = {id(p) for each in self.optimizer.param_groups for p in each["params"]}
+        if self._plain_zero_grad and held == self._all:
+            for bucket in self._buckets:
+                bucket.zero_gradients()
+            return
+        self._original_zero_grad(set_to_none)
         for bucket in self._buckets:
             bucket.reset_gradients(held)
 
@@ -203,10 +211,6 @@ class Gossip:
             self._exchange.post(stepped)
         if self._exchange.complete:
             self._snapshots.between_steps()
-
-    def _before_forward(self, buckets: Iterable[Bucket]) -> None:
-        self._exchange.order = self._forward.order
-        self._exchange.wait(buckets)
 
     def _before_state_dict(self, *_: object) -> None:
         if not self.group.failed:  # after a failure nothing moves any more: an emergency checkpoint
@@ -418,7 +422,8 @@ class Gossip:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        del self.optimizer.zero_grad
+        if self._gradients.travel:
+            del self.optimizer.zero_grad
         if self._own_zero_grad is not None:
             self.optimizer.zero_grad = self._own_zero_grad  # type: ignore[method-assign]
         delattr(self.optimizer, MARK)
