@@ -317,6 +317,8 @@ CASES: tuple[Case, ...] = (
     Case("mailboxes", "group.mailbox(0)", A),
     Case("mailboxes", "group.mailbox(2.5)", A),
     Case("mailboxes", "group.mailbox(64, depth=0)", A),
+    Case("mailboxes", "group.mailbox(64, ring=1)", A),
+    Case("mailboxes", "group.mailbox(1 << 19, depth=2, ring=True)", A),
     Case("mailboxes", "group.mailbox(64, depth=5000)", A),
     Case("mailboxes", "group.allocate(-1)", A),
     Case("mailboxes", "group.allocate('64')", A),

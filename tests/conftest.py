@@ -102,11 +102,13 @@ def job(as_ranks: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
         timeout: float = 30.0,
         raw: bool = False,
         tuning: ug.Tuning | None = None,
+        verify: bool = False,
     ) -> list[Any]:
         store = MemoryStore()  # a test may run several jobs
 
         def rank(number: int) -> Any:
-            with ug.join(number, size, store, transport, timeout, tuning=tuning) as group:
+            chosen = {"tuning": tuning, "verify": verify}
+            with ug.join(number, size, store, transport, timeout, **chosen) as group:
                 return body(group)
 
         ends = as_ranks(size, rank)

@@ -8,11 +8,13 @@ import json
 import logging
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 
 import ucxgossip as ug
 from ucxgossip import errors
+from ucxgossip.group import TUNING
 from ucxgossip.mixing import Collective
 
 AFTER = 40
@@ -23,7 +25,9 @@ def main() -> None:
     transport, losses = sys.argv[1], int(sys.argv[2])
     logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="log %(message)s")
     end: dict[str, object] = {}
-    with ug.join(transport=transport, timeout=DEADLINE_S, dead_after=2.0) as group:
+    # The large array goes through a ring of three chunks, of nine.
+    tuning = replace(TUNING[transport], chunk=1 << 17, ring=3)
+    with ug.join(transport=transport, timeout=DEADLINE_S, dead_after=2.0, tuning=tuning) as group:
         try:
             rounds(group, losses, end)
         except errors.ExpelledError as error:
@@ -35,7 +39,8 @@ def rounds(group: ug.Group, losses: int, end: dict[str, object]) -> None:
     """Rounds of two sizes and now and again an exact mean, whoever is lost."""
     small = np.full(16, float(group.rank))
     large = np.full(300_000, float(group.rank), np.float32)
-    boxes = [group.mailbox(array.nbytes) for array in (small, large)]
+    boxes = [group.mailbox(array.nbytes, ring=True) for array in (small, large)]
+    assert [box.layout.ring for box in boxes] == [False, True]
     collective = Collective(group)
     deadline, left, known, number = time.monotonic() + DEADLINE_S, AFTER, 0, 0
     while left:

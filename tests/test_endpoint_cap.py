@@ -17,19 +17,21 @@ RANKS, ROUNDS = 8, 120
 
 
 def tuning(transport: str) -> ug.Tuning:
-    return replace(TUNING[transport], endpoints=LEAST_ENDPOINTS)
+    small = {"chunk": 512, "eager": 512, "ring": 3}
+    return replace(TUNING[transport], endpoints=LEAST_ENDPOINTS, **small)
 
 
 @pytest.mark.parametrize("transport", ["tcp", "shm"])
-@pytest.mark.parametrize("streams", [1, 3])
+@pytest.mark.parametrize(("streams", "ring"), [(1, False), (3, False), (2, True)])
 def test_rounds_go_on_with_few_endpoints(
-    job: Callable[..., list[Any]], transport: str, streams: int
+    job: Callable[..., list[Any]], transport: str, streams: int, ring: bool
 ) -> None:
     """Every rank meets every other one, and none keeps more than its share of connections."""
 
     def body(group: ug.Group) -> tuple[list[float], int, int]:
         arrays = [np.full(700, float(group.rank) + 100 * index) for index in range(streams)]
-        boxes = [group.mailbox(array.nbytes) for array in arrays]
+        boxes = [group.mailbox(array.nbytes, ring=ring) for array in arrays]
+        assert all(box.layout.ring == ring for box in boxes)
         most = 0
         for _ in range(ROUNDS):
             for array, box in zip(arrays, boxes, strict=True):

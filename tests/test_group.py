@@ -85,6 +85,45 @@ def test_many_rounds_in_a_row(
             np.testing.assert_array_equal(arrays[which], expected[which, rank])
 
 
+@pytest.mark.parametrize(("size", "chunks", "ring"), [(2, 2, 1), (2, 40, 4), (3, 7, 2), (8, 9, 3)])
+@pytest.mark.parametrize("verify", [False, True])
+def test_large_arrays_go_through_a_ring(
+    job: Callable[..., list[Any]],
+    transport: str,
+    size: int,
+    chunks: int,
+    ring: int,
+    verify: bool,
+) -> None:
+    schedule, steps, count = Rotated(Dissemination(size), seed=7), 30, chunks * 512 - 100
+    start = np.random.default_rng(0).standard_normal((size, count))
+
+    def body(group: ug.Group) -> np.ndarray:
+        array = start[group.rank].copy()
+        box = group.mailbox(array.nbytes, ring=True)
+        assert (box.layout.ring, box.layout.depth, box.layout.chunks) == (True, ring, chunks)
+        for _ in range(steps):
+            group.exchange(array, schedule=schedule, mailbox=box)
+        assert box.intact()
+        return array
+
+    tuning = ug.Tuning(chunk=4096, ring=ring)
+    expected = start.copy()
+    for step in range(steps):
+        senders = [schedule.round(rank, step).sender for rank in range(size)]
+        expected = expected + 0.5 * (expected[senders] - expected)
+    for rank, array in enumerate(job(size, body, transport, tuning=tuning, verify=verify)):
+        np.testing.assert_array_equal(array, expected[rank])
+
+
+def test_small_arrays_and_a_ring_of_zero_have_whole_slots(job: Callable[..., list[Any]]) -> None:
+    def body(group: ug.Group) -> list[bool]:
+        return [group.mailbox(nbytes, ring=True).layout.ring for nbytes in (4096, 8192, 8200)]
+
+    assert job(1, body, "shm", tuning=ug.Tuning(chunk=4096, ring=2)) == [[False, False, True]]
+    assert job(1, body, "shm", tuning=ug.Tuning(chunk=4096, ring=0)) == [[False] * 3]
+
+
 def test_what_is_not_finite_in_a_round_that_was_foreseen(
     job: Callable[..., list[Any]], transport: str
 ) -> None:

@@ -99,6 +99,7 @@ class Engine:
         self.table = np.zeros((max_mailboxes, w.MAILBOX_WORDS), np.int64)
         self.floats = np.zeros((max_mailboxes, w.FLOATS), np.float64)
         self._handles = np.zeros(size, np.int64)
+        self._wakes = np.zeros(size, np.int64)
         self._plain = abi.RequestParam()
         self._eager = abi.RequestParam(
             op_attr_mask=abi.OpAttr.FLAGS, flags=abi.AM_SEND_EAGER | abi.AM_SEND_COPY_HEADER
@@ -137,6 +138,7 @@ class Engine:
         words[w.TABLE] = self.table.ctypes.data
         words[w.FLOAT_TABLE] = self.floats.ctypes.data
         words[w.ENDPOINTS] = self._handles.ctypes.data
+        words[w.WAKES] = self._wakes.ctypes.data
         words[w.RANKS] = self.size
         words[w.RANK] = self.rank
         words[w.EAGER] = self.tuning.eager
@@ -192,6 +194,10 @@ class Engine:
                 endpoint = Endpoint(self.worker, address)
                 self.endpoints[rank] = endpoint
                 self._handles[rank] = endpoint.handle
+                # A TCP put makes the target's socket readable; of an RDMA write it hears nothing.
+                lanes = endpoint.transports()
+                over_tcp = bool(lanes) and all(lane.startswith("tcp/") for lane in lanes)
+                self._wakes[rank] = over_tcp or not self.words[w.RING]
         return self.endpoints[rank]
 
     def disconnect(self, rank: int) -> None:

@@ -192,8 +192,7 @@ def _credited(engine: Any, mailbox: Any) -> bool:
 @jit.njit
 def _ring(engine: Any, mailbox: Any, part: int) -> int:
     """Wake the target, who may sleep: a store or an RDMA write alone wakes nobody."""
-    if engine[w.RING] == 0:
-        return 0
+    engine[w.BELLS] += 1
     return _forget(_send(engine, mailbox, mailbox[w.TO], w.AM_BELL, mailbox[w.ROUND], part, 0, 0))
 
 
@@ -263,7 +262,7 @@ def _put_signalled(engine: Any, mailbox: Any, part: int, offset: int, nbytes: in
     jit.view_words(word, 1)[0] = word_of(engine, mailbox, number, part)
     remote = base + mailbox[w.SIGNALS_OFFSET] + 8 * place
     status = _forget(ops.put(endpoint, word, 8, remote, key, mailbox[w.OUT_PARAM]))
-    if status == 0:
+    if status == 0 and not jit.view_words(engine[w.WAKES], engine[w.RANKS])[mailbox[w.TO]]:
         status = _ring(engine, mailbox, part)
     if status < 0:
         _forget(request)
