@@ -18,6 +18,9 @@ Where the threads run decides what is measured, so `--cores` pins them:
   its engine's core carries the partners' communication too, which is to its disadvantage.
 - neither: the kernel places them.
 
+A core is free only where the machine has it: "a core beside a busy one takes", in the environment,
+is what the one slows down by when the other works (`neighbour`), and the engine's work does so too.
+
 Rejected for one free core on a machine of two: both training threads on one core and both engines
 on the other. The contention is in `local` as well, but while one rank waits for a round the other
 computes, on a core that `local` would give it too: whatever is waited for comes out as free.
@@ -37,12 +40,13 @@ from typing import Any
 
 from ucxgossip.bench.environment import environment
 from ucxgossip.bench.methods import parse
+from ucxgossip.bench.neighbour import describe, neighbour_cost
 from ucxgossip.bench.spawn import run_ranks
 from ucxgossip.bench.table import Column, Table
 from ucxgossip.errors import ArgumentError, BenchError
 
 MODELS = "convnet,gpt"
-METHODS = "gossip-both-atc,gossip-weights-atc,allreduce"
+METHODS = "gossip-both-atc,gossip-weights-atc,gossip-weights-awc,allreduce"
 COLUMNS = (
     Column("model", "model", "", "", 8),
     Column("ranks", "ranks", "", "d", 5),
@@ -87,6 +91,7 @@ def run(
     computing = ranks if cores != 2 or len(os.sched_getaffinity(0)) >= 2 * ranks else 1
     facts |= {"transport": transport, "ranks": ranks, "computing": computing, "pinned": cores}
     facts |= {"batch": batch, "steps": steps, "repeats": repeats}
+    facts["a core beside a busy one takes"] = describe(neighbour_cost())
     table = Table(COLUMNS)
     table.header(f"ucxgossip bench step: {ranks} ranks, {computing} of them compute", facts)
     job = {
