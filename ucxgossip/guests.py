@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 
 from ucxgossip import running
-from ucxgossip.engine import Engine, Tuning
 from ucxgossip.errors import (
     ExchangeError,
     ExchangeTimeoutError,
@@ -22,9 +21,7 @@ from ucxgossip.errors import (
 from ucxgossip.history import History
 from ucxgossip.mailbox import Layout, Mailbox
 from ucxgossip.members import NOW, SHUT, STEP
-from ucxgossip.membership import Membership
-from ucxgossip.rendezvous import Rendezvous
-from ucxgossip.ucp.context import Context
+from ucxgossip.membership import Membership, Setup
 
 MODEL = "model"
 """What the keys of attached models begin with."""
@@ -37,18 +34,9 @@ _FRESH_S, _FRESH = 5.0, 20.0
 class Guests(Membership):
     """A membership that guests may come to, or that this rank comes to as one."""
 
-    def __init__(
-        self,
-        context: Context,
-        engine: Engine,
-        meeting: Rendezvous,
-        size: int,
-        dead_after: float,
-        tuning: Tuning,
-        verify: bool,
-    ) -> None:
-        super().__init__(context, engine, meeting, size, dead_after)
-        self.tuning, self.verify = tuning, verify
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self.tuning, self.verify = setup.tuning, setup.verify
         self._history = History()
         self._inherited: set[str] = set()
         self._unclaimed: dict[str, Mailbox] = {}

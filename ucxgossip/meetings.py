@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from ucxgossip import running
-from ucxgossip.engine import Engine, Tuning
 from ucxgossip.errors import (
     ArgumentError,
     ExchangeError,
@@ -23,10 +22,9 @@ from ucxgossip.guests import Guests
 from ucxgossip.history import plain
 from ucxgossip.mailbox import Mailbox, usual_depth
 from ucxgossip.members import Warden
-from ucxgossip.membership import log, nothing
-from ucxgossip.rendezvous import Rendezvous, first_difference
+from ucxgossip.membership import Setup, log, nothing
+from ucxgossip.rendezvous import first_difference
 from ucxgossip.store import Place
-from ucxgossip.ucp.context import Context
 
 NOT_YET = b"null"
 """What a merge gives that is to be made again later; no history keeps it."""
@@ -39,17 +37,8 @@ class JobGoneError(Exception):
 class Meetings(Guests):
     """A membership whose members meet."""
 
-    def __init__(
-        self,
-        context: Context,
-        engine: Engine,
-        meeting: Rendezvous,
-        size: int,
-        dead_after: float,
-        tuning: Tuning,
-        verify: bool,
-    ) -> None:
-        super().__init__(context, engine, meeting, size, dead_after, tuning, verify)
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
         self.exact_credits = False
         self._naming = "mailbox"
         self._names: dict[str, int] = {}

@@ -15,10 +15,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
 from ucxgossip import forks
-from ucxgossip.engine import Engine
+from ucxgossip.engine import Engine, Tuning
 from ucxgossip.errors import (
     ExchangeError,
     ExchangeTimeoutError,
@@ -54,6 +55,23 @@ def nothing(blobs: list[bytes], ranks: Sequence[int]) -> bytes:
     return b"together"
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What a group is made of.
+
+    size: ranks of the job. dead_after: seconds of silence after which a rank is taken for dead.
+    verify: a checksum travels with every chunk. The group closes engine and context.
+    """
+
+    context: Context
+    engine: Engine
+    meeting: Rendezvous
+    size: int
+    dead_after: float
+    tuning: Tuning
+    verify: bool
+
+
 class Membership:
     """The ranks of a job that live, as far as this one knows.
 
@@ -62,18 +80,12 @@ class Membership:
     not in yet.
     """
 
-    def __init__(
-        self,
-        context: Context,
-        engine: Engine,
-        meeting: Rendezvous,
-        size: int,
-        dead_after: float,
-    ) -> None:
-        self.context, self.engine = context, engine
-        self.rank, self.size, self.timeout = meeting.rank, size, meeting.timeout
+    def __init__(self, setup: Setup) -> None:
+        meeting = setup.meeting
+        self.context, self.engine = setup.context, setup.engine
+        self.rank, self.size, self.timeout = meeting.rank, setup.size, meeting.timeout
         self._meeting = meeting
-        self._dead_after, self._patience = dead_after, 2.0 * dead_after + 2.0
+        self._dead_after, self._patience = setup.dead_after, 2.0 * setup.dead_after + 2.0
         self._closed = False
         self._forked = False
         self._failure: GossipError | None = None

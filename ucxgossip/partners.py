@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ucxgossip.engine import Engine, Tuning
 from ucxgossip.engine import words as w
 from ucxgossip.errors import (
     UCXError,
@@ -12,29 +11,19 @@ from ucxgossip.errors import (
 from ucxgossip.mailbox import Mailbox, parse_description
 from ucxgossip.meetings import Meetings
 from ucxgossip.members import View
-from ucxgossip.rendezvous import Rendezvous
+from ucxgossip.membership import Setup
 from ucxgossip.schedule import Round
-from ucxgossip.ucp.context import Context
 from ucxgossip.ucp.memory import RemoteKey
 
 
 class Partners(Meetings):
     """A membership whose members put into each other's mailboxes."""
 
-    def __init__(
-        self,
-        context: Context,
-        engine: Engine,
-        meeting: Rendezvous,
-        size: int,
-        dead_after: float,
-        tuning: Tuning,
-        verify: bool,
-    ) -> None:
-        super().__init__(context, engine, meeting, size, dead_after, tuning, verify)
-        self._capped = size - 1 > tuning.endpoints
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self._capped = self.size - 1 > self.tuning.endpoints
         self.exact_credits = self._capped  # so that `_close_unused` knows who may put
-        engine.words[w.EXACT] = self._capped
+        self.engine.words[w.EXACT] = self._capped
         self._uses, self._used = 0, dict[int, int]()
         self._pinned: dict[int, tuple[int, ...]] = {}
         self._told: dict[tuple[int, str], bytes] = {}
