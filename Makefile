@@ -37,6 +37,7 @@ bench: .venv/ready build/compiled
 	$(BIN)/ucxgossip bench put --transport shm --sizes $(SIZES) --against ucx_perftest --json out/put-shm.json
 	$(BIN)/ucxgossip bench exchange --transport tcp --ranks 2,4 --sizes $(SIZES) --against $(PEERS) --json out/exchange-tcp.json
 	$(BIN)/ucxgossip bench exchange --transport shm --ranks 2,4 --sizes $(SIZES) --against $(PEERS) --json out/exchange-shm.json
+	$(BIN)/ucxgossip bench kernels --json out/kernels.json
 	$(BIN)/ucxgossip bench train --model lenet --ranks 4 --methods $(METHODS) --seeds 2 --json out/train.json
 
 soak: .venv/ready build/compiled

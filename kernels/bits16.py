@@ -1,18 +1,21 @@
 """bfloat16 and float16 in compiled code, which numba's CPU target has no types for.
 
 An array of uint16 holds bfloat16, one of int16 holds float16: the two integer types tell `widen`
-and `narrow` which is meant, so that one loop serves both. Everything is arithmetic on the bits,
-which LLVM vectorises (8192 elements from the cache, bfloat16 into float32: 1.4 us, as float32).
+and `narrow` which is meant, so that one loop serves both. bfloat16 is arithmetic on the bits, which
+LLVM vectorises (8192 elements from the cache into float32: 1.4 us, as float32). float16 is one
+instruction where the CPU has F16C, else arithmetic on the bits as well (into float16: 1.8 and
+3.7 us).
 
-Rejected: LLVM's ``fpext`` from half. With F16C it is one instruction (float16 into float16 1.8 us
-instead of 3.7, which is still 2.5 times faster than memory), without it a call of a function that
-numba does not link: a segmentation fault.
+Rejected: LLVM's ``fpext`` from half without F16C, a call of a function that numba does not link: a
+segmentation fault. Its ``fptrunc`` to bfloat: AVX512-BF16's instruction takes subnormals for zero.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import llvmlite.binding as llvm
+import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -20,7 +23,8 @@ from numba import types
 from ucxgossip import jit
 from ucxgossip.kernels.cpu import BLOCK, loose_add
 
-_FLOAT, _I16, _I32 = ir.FloatType(), ir.IntType(16), ir.IntType(32)
+_config: Any = numba.config
+_FLOAT, _HALF, _I16, _I32 = ir.FloatType(), ir.HalfType(), ir.IntType(16), ir.IntType(32)
 _SIGN, _MAGNITUDE, _INFINITY = 0x80000000, 0x7FFFFFFF, 0x7F800000
 _F16_SHIFT = 13  # bits by which float32's fraction is longer
 _F16_BIAS = 112  # by which its exponent is larger
@@ -42,7 +46,26 @@ def _narrow_bfloat16(builder: Any, value: Any) -> Any:
     return builder.trunc(builder.select(nan, quiet, rounded), _I16)
 
 
+def _has_f16c() -> bool:
+    """Whether the code that numba makes may hold F16C's instructions."""
+    if _config.CPU_NAME is not None or _config.CPU_FEATURES is not None:  # not the host's
+        return "+f16c" in (_config.CPU_FEATURES or "")
+    return bool(llvm.get_host_cpu_features().get("f16c"))
+
+
 def _widen_float16(builder: Any, value: Any) -> Any:
+    if _F16C:
+        return builder.fpext(builder.bitcast(value, _HALF), _FLOAT)
+    return _widen_float16_bits(builder, value)
+
+
+def _narrow_float16(builder: Any, value: Any) -> Any:
+    if _F16C:
+        return builder.bitcast(builder.fptrunc(value, _HALF), _I16)
+    return _narrow_float16_bits(builder, value)
+
+
+def _widen_float16_bits(builder: Any, value: Any) -> Any:
     """Exponent and fraction moved, then the bias put right by a multiplication that is exact."""
     bits = builder.zext(value, _I32)
     magnitude = builder.and_(bits, _I32(0x7FFF))
@@ -54,7 +77,7 @@ def _widen_float16(builder: Any, value: Any) -> Any:
     return builder.bitcast(builder.or_(scaled, sign), _FLOAT)
 
 
-def _narrow_float16(builder: Any, value: Any) -> Any:
+def _narrow_float16_bits(builder: Any, value: Any) -> Any:
     """Subnormals are rounded by an addition to 0.5, whose last bit is float16's least number."""
     bits = builder.bitcast(value, _I32)
     magnitude = builder.and_(bits, _I32(_MAGNITUDE))
@@ -71,6 +94,9 @@ def _narrow_float16(builder: Any, value: Any) -> Any:
     narrow = builder.select(large, over, narrow)
     sign = builder.lshr(builder.and_(bits, _I32(_SIGN)), _I32(16))
     return builder.trunc(builder.or_(narrow, sign), _I16)
+
+
+_F16C = _has_f16c()
 
 
 @jit.intrinsic

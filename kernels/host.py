@@ -12,6 +12,7 @@ cores it took 7 ms for what one thread did in 0.13.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -114,12 +115,22 @@ def _mix(dst: NDArray[Any], src: NDArray[Any], alpha: float, threads: int) -> fl
     if src.dtype.itemsize == 2:
         kernel, weight = bits16.mix, np.float32(alpha)
         dst, src = (_as_bits(array) for array in (dst, src))
-    blocks = -(-len(dst) // cpu.BLOCK)
+    found = in_parts(lambda part: kernel(dst[part], src[part], weight), len(dst), threads)
+    return float(sum(found))
+
+
+def in_parts(run: Callable[[slice], Any], count: int, threads: int) -> list[Any]:
+    """What `run` returned for each part of `count` elements: one part a thread, in whole blocks.
+
+    The first part is run by the caller, the others by threads of ours, at the same time if `run`
+    lets go of the GIL.
+    """
+    blocks = -(-count // cpu.BLOCK)
     step = max(1, -(-blocks // threads)) * cpu.BLOCK
-    parts = [slice(start, start + step) for start in range(0, len(dst), step)] or [slice(0, 0)]
-    others = [_pool(threads).submit(kernel, dst[part], src[part], weight) for part in parts[1:]]
-    found = kernel(dst[parts[0]], src[parts[0]], weight)
-    return float(sum((other.result() for other in others), found))
+    parts = [slice(start, min(start + step, count)) for start in range(0, count, step)]
+    others = [_pool(threads).submit(run, part) for part in parts[1:]]
+    first = [run(part) for part in parts[:1]]
+    return first + [other.result() for other in others]
 
 
 def _as_bits(array: NDArray[Any]) -> NDArray[Any]:

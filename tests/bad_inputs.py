@@ -531,6 +531,10 @@ CASES: tuple[Case, ...] = (
     Case("command line", "command('bench stragglers --ranks 1')", A),
     Case("command line", "command('bench stragglers --slow 0.5')", A),
     Case("command line", "command('bench stragglers --methods gossip-deferred')", A),
+    Case("command line", "command('bench kernels --device tpu')", A),
+    Case("command line", "command('bench kernels --pairs bfloat16/float32')", A),
+    Case("command line", "command('bench kernels --sizes 10')", A),
+    Case("command line", "command('bench kernels --threads two')", A),
     Case("command line", "command('schedules --ranks 2 --json /no/such/folder/rows.json')", A),
 )
 

@@ -1,5 +1,7 @@
 """kernels.bits16: every 16-bit number is widened exactly, every float32 narrowed as by others."""
 
+import platform
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,6 +78,26 @@ def test_narrow(kind: str) -> None:
     nan = np.isnan(values)
     assert same(found, torch_narrow(kind, values), nan)
     assert np.isnan(torch_widen(kind, found[nan].view(np.uint16))).all()
+
+
+@pytest.mark.spawn
+def test_without_f16c(python: Any) -> None:
+    """The same tests where numba compiles for any x86-64: no instruction, no missing symbol."""
+    if platform.machine() != "x86_64":
+        pytest.skip("F16C is x86's")
+    ended = python(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import test_bits16 as tests\n"
+        "assert not tests.bits16._F16C\n"
+        "for kind in tests.KINDS:\n"
+        "    tests.test_widen_every_number(kind)\n"
+        "    tests.test_narrow(kind)\n"
+        "assembly = ''.join(tests.narrow_all.inspect_asm().values())\n"
+        "print('vcvtps2ph' in assembly, 'xmm' in assembly)",
+        {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""},
+        120.0,
+    )
+    assert (ended.returncode, ended.stdout) == (0, "False True\n"), ended.stderr[-2000:]
 
 
 @pytest.mark.parametrize("kind", KINDS)
