@@ -4,8 +4,10 @@ One thread an element, in strides of the grid; no vector loads. Under numba's si
 (NUMBA_ENABLE_CUDASIM=1, set before numba is imported) the same functions run as Python, which is
 how they are tested against NumPy without a device. bfloat16 is uint16, by its bits.
 
-**Untested on hardware.** Whether the compiler fuses the product and the sum of the mix is numba's
-affair (it has no way to say no for one kernel): last digits may differ from the contract's there.
+The product of the mix is libdevice's ``mul_rn``, which the compiler does not fuse with the sum
+(numba has no way to say so for one kernel); the simulator has no libdevice and fuses nothing.
+
+**Untested on hardware.** numba-cuda compiles it for sm_90 (tests/test_numba_cuda_mix.py).
 
 Rejected: as the kernel of choice, since it reads 4 bytes at a time where `cupy_mix` reads 16.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numba
 import numpy as np
 from numba import cuda as _cuda
 
@@ -21,6 +24,7 @@ from ucxgossip.kernels.contract import PAIRS, check_alpha
 from ucxgossip.kernels.device_arrays import distance_address, operands, stream_handle
 
 cuda: Any = _cuda
+_config: Any = numba.config
 
 THREADS = 256
 """Threads a block."""
@@ -64,7 +68,24 @@ _NARROW = {
 }
 
 
+def _product(alpha: Any, difference: Any) -> Any:
+    return alpha * difference
+
+
+def _products() -> dict[str, Any]:
+    """A product that stays one, for each kind of `dst`."""
+    if _config.ENABLE_CUDASIM:
+        return dict.fromkeys(_NARROW, cuda.jit(device=True)(_product))
+    from numba.cuda import libdevice
+
+    return dict.fromkeys(_NARROW, libdevice.fmul_rn) | {"float64": libdevice.dmul_rn}
+
+
+_PRODUCT = _products()
+
+
 def _make(dst_kind: str, src_kind: str) -> Any:
+    product = _PRODUCT[dst_kind]
     own_widen, their_widen = (cuda.jit(device=True)(_WIDEN[kind]) for kind in (dst_kind, src_kind))
     narrow = cuda.jit(device=True)(_NARROW[dst_kind])
 
@@ -73,7 +94,7 @@ def _make(dst_kind: str, src_kind: str) -> Any:
         for i in range(cuda.grid(1), dst.size, cuda.gridsize(1)):
             own, theirs = own_widen(dst[i]), their_widen(src[i])
             difference = theirs - own
-            dst[i] = narrow(theirs if alpha == 1 else own + alpha * difference)
+            dst[i] = narrow(theirs if alpha == 1 else own + product(alpha, difference))
             total += difference * difference
         if wanted:
             cuda.atomic.add(distance, 0, total)

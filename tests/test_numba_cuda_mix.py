@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,42 @@ def check(kernel: Any, kinds: tuple[str, str], dst: Any, src: Any, alpha: float)
             np.testing.assert_allclose(total[0], wanted_total, rtol=1e-5, err_msg=label)
     assert cases.same_bits(src.array, source), label
     assert dst.intact() and src.intact(), label
+
+
+def compile_all() -> None:
+    """Every kernel to PTX for sm_90 by numba-cuda, which asks a device for its version only."""
+    import numba.cuda.dispatcher
+    from numba import cuda, types
+
+    from ucxgossip.kernels.numba_cuda_mix import KERNELS
+
+    hopper = SimpleNamespace(compute_capability=(9, 0))
+    numba.cuda.dispatcher.get_current_device = lambda: hopper
+    kinds = {"float32": types.float32, "float64": types.float64}
+    kinds |= {"bfloat16": types.uint16, "float16": types.float16}
+    for (dst, src), kernel in KERNELS.items():
+        weight = kinds["float64" if dst == "float64" else "float32"]
+        arguments = kinds[dst][::1], kinds[src][::1], weight, types.float64[::1], types.boolean
+        ptx, _ = cuda.compile(kernel.py_func, arguments, cc=(9, 0), device=False, abi="numba")
+        assert ".target sm_90" in ptx
+        assert "fma.rn.f32" not in ptx, (dst, src)
+        assert f"mul.rn.f{64 if dst == 'float64' else 32}" in ptx, (dst, src)
+    print("all right")
+
+
+@pytest.mark.spawn
+@pytest.mark.skipif(
+    importlib.util.find_spec("numba_cuda") is None, reason="no numba-cuda: ucxgossip[cu12]"
+)
+def test_compiles_for_hopper(python: Callable[..., Any]) -> None:
+    ended = python(
+        f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+        "import test_numba_cuda_mix\n"
+        "test_numba_cuda_mix.compile_all()",
+        {"NUMBA_ENABLE_CUDASIM": "0"},
+        120.0,
+    )
+    assert (ended.returncode, ended.stdout) == (0, "all right\n"), ended.stderr[-2000:]
 
 
 @pytest.mark.spawn
