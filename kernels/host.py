@@ -5,8 +5,8 @@ are cut into one part a thread, whole blocks each, and mixed by threads of our o
 code lets run side by side as it holds no GIL.
 
 Rejected: numba's ``prange``. It starts in 4 us where a thread of ours takes 20, but its layers end
-the process when used from two threads (workqueue) or after a fork (OpenMP), and spin: on two busy
-cores it took 7 ms for what one thread did in 0.13.
+the process when used from two threads (workqueue) or after a fork (OpenMP), and spin: where one of
+two cores was taken it took 4 to 7 ms for what one thread did in 0.13.
 """
 
 from __future__ import annotations
