@@ -4,25 +4,26 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 
-from ucxgossip import jit
 from ucxgossip.kernels import bits16
 
 ALL = np.arange(1 << 16, dtype=np.uint16)
 KINDS = ["bfloat16", "float16"]
 
 
-@jit.njit
+# Not `jit.njit`: its cache would not notice a change in `bits16`.
+@numba.njit
 def widen_all(source: Any, target: Any) -> None:
     for i in range(len(source)):
         target[i] = bits16.widen(source[i])
 
 
-@jit.njit
+@numba.njit
 def narrow_all(source: Any, target: Any) -> None:
     for i in range(len(source)):
         target[i] = bits16.narrow(source[i], target[i])
