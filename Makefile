@@ -1,6 +1,6 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-UCX ?= cu12
+UCX ?= ucx
 
 BIN := .venv/bin
 HOUSE := ucxgossip kernels bench
@@ -18,7 +18,7 @@ help:
 	@echo 'make errors  write docs/errors.md: what is said to each bad input'
 	@echo 'make clean   remove .venv, caches and everything built'
 	@echo
-	@echo 'TORCH=$(TORCH)  what pip installs for torch    UCX=$(UCX)  cu12 or cu13: which UCX wheel'
+	@echo 'TORCH=$(TORCH)  what pip installs for torch    UCX=$(UCX)  ucx: the UCX wheel; cu12, cu13: and CUDA'
 	@echo 'Run make clean before changing either.'
 
 demo: .venv/ready build/compiled
@@ -37,6 +37,7 @@ bench: .venv/ready build/compiled
 	$(BIN)/ucxgossip bench put --transport shm --sizes $(SIZES) --against ucx_perftest --json out/put-shm.json
 	$(BIN)/ucxgossip bench exchange --transport tcp --ranks 2,4 --sizes $(SIZES) --against $(PEERS) --json out/exchange-tcp.json
 	$(BIN)/ucxgossip bench exchange --transport shm --ranks 2,4 --sizes $(SIZES) --against $(PEERS) --json out/exchange-shm.json
+	$(BIN)/ucxgossip bench kernels --json out/kernels.json
 	$(BIN)/ucxgossip bench train --model lenet --ranks 4 --methods $(METHODS) --seeds 2 --json out/train.json
 
 soak: .venv/ready build/compiled

@@ -1,4 +1,4 @@
-"""The command lines of `ucxgossip bench` step, idle, flat and startup, for `ucxgossip.cli`."""
+"""The command lines of `ucxgossip bench` step, idle, flat, startup and kernels, for the CLI."""
 
 from __future__ import annotations
 
@@ -13,20 +13,28 @@ Result = tuple[dict[str, object], list[dict[str, Any]]]
 Common = Callable[[argparse.ArgumentParser, Callable[[argparse.Namespace], Result]], None]
 
 
-def add(benches: Any, common: Common) -> None:
-    """Add the four to the subparsers `benches`; common: gives each its action, and --json."""
+def add(benches: Any, common: Common, json: Callable[[argparse.ArgumentParser], None]) -> None:
+    """Add the five to the subparsers `benches`.
+
+    common: gives a command its action, --transport and --json; json: --json alone.
+    """
     _add_step(benches, common)
     _add_idle(benches, common)
     _add_flat(benches, common)
     _add_startup(benches, common)
+    _add_kernels(benches, json)
 
 
 def parse_counts(text: str) -> list[int]:
     """Numbers of ranks out of "2,4,8"."""
+    return _whole("--ranks", text, "2,4,8")
+
+
+def _whole(option: str, text: str, example: str) -> list[int]:
     try:
         return [int(each) for each in text.split(",")]
     except ValueError:
-        raise ArgumentError(f"--ranks {text!r}: write numbers such as 2,4,8") from None
+        raise ArgumentError(f"{option} {text!r}: write numbers such as {example}") from None
 
 
 def _names(text: str) -> list[str]:
@@ -165,3 +173,44 @@ def _add_startup(benches: Any, common: Common) -> None:
     common(startup, _startup)
     startup.add_argument("--ranks", default="1,2,4", help="numbers of processes (default: 1,2,4)")
     startup.add_argument("--repeats", type=int, default=5, help="counted starts (default: 5)")
+
+
+def _kernels(options: argparse.Namespace) -> Result:
+    from ucxgossip.bench import kernels
+
+    return kernels.run(
+        options.device,
+        None if options.sizes is None else parse_sizes(options.sizes),
+        None if options.pairs is None else kernels.parse_pairs(options.pairs),
+        None if options.threads is None else _whole("--threads", options.threads, "1,2"),
+        options.repeats,
+    )
+
+
+def _add_kernels(benches: Any, json: Callable[[argparse.ArgumentParser], None]) -> None:
+    kernels = benches.add_parser(
+        "kernels",
+        help="the mixing kernels, beside memory's speed and torch",
+        description="Time dst += alpha * (src - dst) by each backend, in turn with a bound: on the "
+        "CPU a triad as STREAM has it (a = b + s * c, float32, three arrays of dst's bytes, on as "
+        "many threads), on CUDA a copy of dst. GB/s counts what has to move: dst twice and src "
+        "once, whatever a backend moves besides; the triad's counts its three arrays. Columns: a "
+        "call; its spread over the repeats, interquartile; GB/s; the bound's; their ratio; and how "
+        "many times faster than torch's add_ then mul_. Ratios are medians of each repeat's.",
+        epilog="Beside our backends: axpy (dst += s * src by numba, float32 alone: what the mix "
+        "does to memory, without its squared distance), add_mul (torch's add_ then mul_) and lerp "
+        "(torch's lerp_; a payload of another type is converted first). The triad writes without "
+        "reading, for which caches read the line all the same: a mix can be faster than it.",
+    )
+    kernels.set_defaults(action=_kernels)
+    json(kernels)
+    kernels.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    kernels.add_argument("--sizes", help="bytes of dst (default: 102.4MB; cuda: 1GiB)")
+    kernels.add_argument(
+        "--pairs",
+        help="types of dst and src, such as float32,float32/bfloat16,float16 (default: all)",
+    )
+    kernels.add_argument(
+        "--threads", help="numbers of threads on the CPU, such as 1,2 (default: 1 and all cores)"
+    )
+    kernels.add_argument("--repeats", type=int, default=15, help="interleaved (default: 15)")

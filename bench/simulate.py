@@ -22,7 +22,7 @@ from ucxgossip.bench import tasks
 from ucxgossip.bench.methods import Method
 from ucxgossip.bench.models import loss
 from ucxgossip.bench.setting import Outcome, Setting, consensus, make_optimizer
-from ucxgossip.kernels.cpu import mix_
+from ucxgossip.kernels import mix_
 from ucxgossip.kernels.second_moment import correct, noise_share
 from ucxgossip.mixing import default_schedule, weights_shift
 from ucxgossip.schedule import GlobalAverage, Schedule

@@ -1,8 +1,11 @@
 """Mixing kernels, one contract for every backend: ``dst += alpha * (src - dst)`` in place.
 
-`cpu` is compiled by numba and is what the engine runs.
+`contract` says what is promised; `mix_` keeps it for NumPy arrays, `select` gives the kernel for a
+device. `cpu` is what the engine runs.
 """
 
-from ucxgossip.kernels.cpu import mix_
+from ucxgossip.kernels.contract import Mix
+from ucxgossip.kernels.host import mix_
+from ucxgossip.kernels.selection import select
 
-__all__ = ["mix_"]
+__all__ = ["Mix", "mix_", "select"]

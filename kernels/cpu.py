@@ -1,4 +1,4 @@
-"""The CPU mix: average in place, and measure the disagreement in the same pass.
+"""The CPU mix that the engine runs: average in place, and measure the disagreement in that pass.
 
 ``dst += alpha * (src - dst)`` for 1-D contiguous float32 or float64 arrays that do not overlap,
 in the arrays' own precision; the squared distance of the two inputs falls out of the difference
@@ -18,14 +18,11 @@ sums first.
 
 from __future__ import annotations
 
-from numbers import Real
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ucxgossip import jit
-from ucxgossip.errors import ArgumentError, ArrayError
 
 BLOCK = 8192
 """Elements whose squares are summed in the arrays' precision before going to float64."""
@@ -39,11 +36,12 @@ def _loose_add(typingctx: Any, left: Any, right: Any) -> Any:
     return left(left, left), codegen
 
 
-def _add(left: Any, right: Any) -> Any:
+def loose_add(left: Any, right: Any) -> Any:
+    """``left + right``, which the compiler may reorder with others like it."""
     return left + right
 
 
-jit.compiled_as(_add, lambda left, right: _loose_add(left, right))
+jit.compiled_as(loose_add, lambda left, right: _loose_add(left, right))
 
 
 @jit.njit
@@ -53,7 +51,7 @@ def mix_block(dst: Any, src: Any, alpha: Any) -> float:
     for i in range(len(dst)):
         difference = src[i] - dst[i]
         dst[i] += alpha * difference
-        total = _add(total, difference * difference)
+        total = loose_add(total, difference * difference)
     return float(total)
 
 
@@ -80,7 +78,7 @@ def delta_block(dst: Any, src: Any, alpha: Any) -> float:
     for i in range(len(dst)):
         difference = src[i] - dst[i]
         dst[i] = alpha * difference
-        total = _add(total, difference * difference)
+        total = loose_add(total, difference * difference)
     return float(total)
 
 
@@ -129,7 +127,7 @@ def distance_of(dst: Any, src: Any, zero: Any) -> float:
         total = zero
         for i in range(len(block_dst)):
             difference = block_src[i] - block_dst[i]
-            total = _add(total, difference * difference)
+            total = loose_add(total, difference * difference)
         distance += float(total)
     return distance
 
@@ -143,7 +141,7 @@ def kept_mix_block(dst: Any, src: Any, alpha: Any, undo: Any) -> float:
         difference = src[i] - before
         undo[i] = before
         dst[i] = before + alpha * difference
-        total = _add(total, difference * difference)
+        total = loose_add(total, difference * difference)
     return float(total)
 
 
@@ -177,7 +175,7 @@ def kept_delta_block(dst: Any, src: Any, alpha: Any, undo: Any) -> float:
         difference = src[i] - before
         undo[i] = before
         dst[i] = alpha * difference
-        total = _add(total, difference * difference)
+        total = loose_add(total, difference * difference)
     return float(total)
 
 
@@ -194,28 +192,3 @@ def delta_whole(dst: Any, src: Any, alpha: Any, undo: Any) -> float:
             dst[:] = alpha - alpha
             return -float(found)
     return distance
-
-
-def mix_(dst: NDArray[Any], src: NDArray[Any], alpha: float) -> float:
-    """Average `src` into `dst` in place: ``dst += alpha * (src - dst)``.
-
-    dst, src: 1-D contiguous arrays of one length and one dtype, float32 or float64, without
-    overlap (`ArrayError` else). alpha: weight of `src`, 0 to 1 (`ArgumentError` else).
-    Returns the squared Euclidean distance of the two inputs.
-    """
-    for name, array in (("dst", dst), ("src", src)):
-        if not isinstance(array, np.ndarray):
-            raise ArrayError(f"mix_: {name} must be a NumPy array, not {type(array).__name__}")
-        if array.ndim != 1 or not array.flags.c_contiguous:
-            raise ArrayError(f"mix_: {name} must be 1-D and contiguous, not shape {array.shape}")
-        if array.dtype not in (np.float32, np.float64):
-            raise ArrayError(f"mix_: {name} is {array.dtype}; float32 and float64 are served")
-    if dst.shape != src.shape or dst.dtype != src.dtype:
-        raise ArrayError(f"mix_: dst is {dst.dtype}{dst.shape} but src is {src.dtype}{src.shape}")
-    if not isinstance(alpha, Real) or not 0 <= alpha <= 1:
-        raise ArgumentError(f"mix_: alpha is {alpha!r}; must be a number from 0 to 1")
-    if not dst.flags.writeable:
-        raise ArrayError("mix_: dst is read-only")
-    if np.may_share_memory(dst, src):
-        raise ArrayError("mix_: dst and src overlap")
-    return float(mix(dst, src, dst.dtype.type(alpha)))

@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 import ucxgossip as ug
-from ucxgossip import errors
+from ucxgossip import errors, kernels
 from ucxgossip.buffer import Buffer
 from ucxgossip.channel import Channel
 from ucxgossip.cli import main
@@ -76,6 +77,7 @@ class Scene:
         key = ug.ucp.RemoteKey(endpoint, region.pack())
         self.names: dict[str, Any] = {
             "ug": ug,
+            "kernels": kernels,
             "np": np,
             "torch": torch,
             "copy": copy,
@@ -101,6 +103,7 @@ class Scene:
             "Fails": Fails,
             "suppressed": suppressed,
             "forked": forked,
+            "installed": installed,
         }
 
     def facts(self, breaks: bool) -> dict[str, object]:
@@ -230,6 +233,18 @@ HALF = (
     f"gossip = {ATTACH.format('')}; broken = lambda: model[2](Fails.apply(model[0](x))).sum()"
     ".backward(); suppressed(broken)"
 )
+
+
+@contextlib.contextmanager
+def installed(*backends: str) -> Iterator[None]:
+    """On a machine without a GPU, where of the backends for CUDA only these are installed."""
+    where = "ucxgossip.kernels.selection"
+    with (
+        mock.patch(f"{where}._is_installed", lambda backend: backend in backends),
+        mock.patch(f"{where}._has", lambda distribution: False),
+        mock.patch("numba.cuda.is_available", lambda: False),
+    ):
+        yield
 
 
 def attach(arguments: str) -> str:
@@ -480,6 +495,25 @@ CASES: tuple[Case, ...] = (
     Case("forked child", "forked(lambda: worker.progress())", F),
     Case("forked child", "forked(lambda: group.mailbox(64))", F),
     Case("forked child", "forked(lambda: ug.attach(model, optimizer, group))", F),
+    # --- mixing kernels
+    Case("mixing kernels", "kernels.select('tpu')", A),
+    Case("mixing kernels", "kernels.select('cpu', 'cupy')", A),
+    Case(
+        "mixing kernels",
+        "with installed(): kernels.select('cuda')",
+        "MissingExtraError",
+    ),
+    Case(
+        "mixing kernels",
+        "with installed('numba_cuda'): kernels.select('cuda')",
+        "NoDeviceError",
+    ),
+    Case("mixing kernels", "kernels.mix_(array, array, 0.5)", "ArrayError"),
+    Case("mixing kernels", "kernels.mix_(array, np.ones(5, np.float32), 0.5)", "ArrayError"),
+    Case("mixing kernels", "kernels.mix_(array, np.ones(4), 0.5)", "ArrayError"),
+    Case("mixing kernels", "kernels.mix_(array, [1.0, 2.0, 3.0, 4.0], 0.5)", "ArrayError"),
+    Case("mixing kernels", "kernels.mix_(array, np.ones(4, np.float32), 1.5)", A),
+    Case("mixing kernels", "kernels.mix_(array, np.ones(4, np.float32), 0.5, threads=0)", A),
     # --- the command line
     Case("command line", "command('doctor --transport pigeon')", A),
     Case("command line", "command('schedules --ranks two')", A),
@@ -499,6 +533,10 @@ CASES: tuple[Case, ...] = (
     Case("command line", "command('bench stragglers --ranks 1')", A),
     Case("command line", "command('bench stragglers --slow 0.5')", A),
     Case("command line", "command('bench stragglers --methods gossip-deferred')", A),
+    Case("command line", "command('bench kernels --device tpu')", A),
+    Case("command line", "command('bench kernels --pairs bfloat16/float32')", A),
+    Case("command line", "command('bench kernels --sizes 10')", A),
+    Case("command line", "command('bench kernels --threads two')", A),
     Case("command line", "command('schedules --ranks 2 --json /no/such/folder/rows.json')", A),
 )
 
@@ -559,7 +597,8 @@ def markdown(found: dict[Case, Found]) -> str:
         "Each row is what was run, in a job of one rank: `group` is what `ug.join()` returned, "
         "`model` and `optimizer` a small network and its SGD, `x` a batch. `ranks(n, code)` runs "
         "code on n ranks, `forked(use)` in a forked child, `command(line)` as "
-        "`ucxgossip line` in a shell, which ends with status 2. Every class derives from "
+        "`ucxgossip line` in a shell, which ends with status 2, `with installed(...)` on a machine "
+        "without a GPU where of the packages for CUDA only those are. Every class derives from "
         "`ucxgossip.errors.GossipError`; the tree stands at the top of `ucxgossip/errors.py`.",
     ]
     area = ""

@@ -175,7 +175,7 @@ def parser() -> argparse.ArgumentParser:
     _exchange(benches)
     _train(benches)
     _stragglers(benches)
-    add_benches(benches, _common)
+    add_benches(benches, _common, _json)
     return top
 
 

@@ -102,7 +102,7 @@ def advise(facts: dict[str, object], rows: list[dict[str, Any]]) -> list[str]:
     if any(row["emulated"] for row in rows):
         lines.append(
             "Some puts are emulated by active messages: each byte is copied by both sides' CPU. "
-            "A newer UCX (pip install ucxgossip[cu12]) does better over TCP."
+            "A newer UCX (pip install ucxgossip[ucx]) does better over TCP."
         )
     if facts["target_must_progress"]:
         lines.append(

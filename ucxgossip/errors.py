@@ -8,6 +8,9 @@ GossipError
  +-- LibraryError (ImportError)          libucp
  |    +-- LibraryNotFoundError           no libucp on this machine
  |    +-- LibrarySymbolError             a libucp that lacks a function we call
+ +-- BackendError (RuntimeError)         a mixing kernel that cannot run here
+ |    +-- MissingExtraError (ImportError)    its package; the message names the extra to install
+ |    +-- NoDeviceError                  no CUDA device, or no driver for it
  +-- UCXError (RuntimeError)             a UCX call returned an error status
  +-- RendezvousError (RuntimeError)      the meeting of the ranks
  |    +-- PortInUseError                 another program listens on MASTER_PORT
@@ -77,6 +80,18 @@ class LibraryNotFoundError(LibraryError):
 
 class LibrarySymbolError(LibraryError):
     """The libucp found lacks a function that ucxgossip calls."""
+
+
+class BackendError(GossipError, RuntimeError):
+    """A mixing kernel cannot run here."""
+
+
+class MissingExtraError(BackendError, ImportError):
+    """A package that a mixing kernel needs is not installed; the message names the extra."""
+
+
+class NoDeviceError(BackendError):
+    """No CUDA device that this process can use."""
 
 
 class UCXError(GossipError, RuntimeError):

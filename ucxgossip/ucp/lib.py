@@ -181,8 +181,8 @@ def _find() -> tuple[str, str, ctypes.CDLL]:
             return (*found[:1], origin, found[1])
     raise LibraryNotFoundError(
         "no libucp found. Get one in one of these ways: "
-        "`pip install ucxgossip[cu12]` or `ucxgossip[cu13]` (the UCX wheel; needs no GPU; TCP and "
-        "shared memory); `apt install libucx0` or your system's UCX (InfiniBand); or set "
+        "`pip install ucxgossip[ucx]` (the UCX wheel; needs no GPU; TCP and shared memory); "
+        "`apt install libucx0` or your system's UCX (InfiniBand); or set "
         f"{ENVIRONMENT_VARIABLE} to the full path of a libucp.so.0."
     )
 
