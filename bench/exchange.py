@@ -40,8 +40,8 @@ DEADLINE_S = 600.0
 
 _JOB_BYTES = 256 << 20
 _RANK_BYTES = 300 << 20
-_COPIES = 3
-"""Of each array a rank has one, and a mailbox of two slots; a group keeps both until it closes."""
+_MAILBOX_BYTES = 9 << 20
+"""A ring of 8 MiB, the largest, and its words. Small arrays have two slots of their size."""
 
 
 def run(
@@ -153,11 +153,12 @@ def _check_memory(
     ranks: int, batch: Sequence[Payload], chosen: Sequence[str], transport: str
 ) -> None:
     """`BenchError` rather than a machine that runs out of memory while others use it."""
-    largest = max(nbytes for payload in batch for nbytes in payload.arrays)
+    arrays = [nbytes for payload in batch for nbytes in payload.arrays]
+    largest = max(arrays)
     received = any(peer in ("gloo_gossip", "mpi_gossip", "mpi_put") for peer in chosen)
     window = "mpi_put" in chosen and transport != "tcp"
     reduced = 2 * largest // ranks if any("allreduce" in peer for peer in chosen) else 0
-    needed = _RANK_BYTES + _COPIES * sum(payload.nbytes for payload in batch)
+    needed = _RANK_BYTES + sum(nbytes + min(2 * nbytes, _MAILBOX_BYTES) for nbytes in arrays)
     needed += (received + window) * largest + reduced
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         name, _, rest = line.partition(":")

@@ -37,7 +37,9 @@ _ALIGNMENT = 64
 
 
 class Ours:
-    """Our round: one array by `Group.exchange`; of several, all are posted and then waited for."""
+    """Our round: one array by `Group.exchange`; of several, as many bytes are under way at a time
+    as a ring holds.
+    """
 
     name = "ours"
 
@@ -48,6 +50,7 @@ class Ours:
         self._pairs = [(group.mailbox(array.nbytes, ring=True), array) for array in data.arrays]
         self._posts = [(box, Buffer.of(array)) for box, array in self._pairs]
         self.once = self._exchange if len(self._pairs) == 1 else self._exchange_all
+        self._most = max(1, group.tuning.ring) * group.tuning.chunk
         self._first: Mailbox = self._pairs[0][0]
 
     def _exchange(self) -> None:
@@ -56,11 +59,20 @@ class Ours:
 
     def _exchange_all(self) -> None:
         group, schedule = self._group, self._schedule
+        under_way, waiting = 0, iter(self._posts)
         for box, buffer in self._posts:
             group.post_step(box, buffer, buffer, schedule, box.round, whole=True)
-        for box, _ in self._posts:
-            if not group.wait(box) or group.left_out(box):
-                raise BenchError(f"the exchange of mailbox {box.index} did not end whole")
+            under_way += buffer.nbytes
+            while under_way > self._most:
+                under_way -= self._ended(*next(waiting))
+        for box, buffer in waiting:
+            self._ended(box, buffer)
+
+    def _ended(self, box: Mailbox, buffer: Buffer) -> int:
+        """Wait for a round; its bytes."""
+        if not self._group.wait(box) or self._group.left_out(box):
+            raise BenchError(f"the exchange of mailbox {box.index} did not end whole")
+        return buffer.nbytes
 
     def partner(self) -> int | None:
         """Whose values the next round averages with this rank's."""
