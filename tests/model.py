@@ -168,7 +168,7 @@ class Rank(NamedTuple):
 class Region(NamedTuple):
     """A rank's mailbox: what stands in each word of each place.
 
-    A word holds (rank, round, epoch) of the payload that it is part of.
+    A word holds (rank, position, epoch) of the chunk that it is part of.
     """
 
     epoch: int
@@ -418,10 +418,10 @@ def mixing(model: Model, state: State, rank: int) -> Iterator[Step]:
         return
     after = with_rank(state, rank, mixed=me.mixed + 1, saw=word + 1 < model.words)
     found = region.slots[place * model.words + word]
-    expected = (model.sender(me.epoch, rank, n), n, me.epoch)
+    expected = (model.sender(me.epoch, rank, n), model.position(n, chunk), me.epoch)
     fault = ""
     if found != expected:
-        fault = f"rank {rank} mixed {found} where {expected} (rank, round, epoch) was due"
+        fault = f"rank {rank} mixed {found} where {expected} (rank, position, epoch) was due"
     elif opened(model, me, rank, model.position(n, chunk) + model.places):
         fault = f"rank {rank} read place {place} after its credit was given"
     yield f"{rank}: mix word {word} of chunk {chunk}, round {n}", after, fault
@@ -507,7 +507,7 @@ def written(
     else:
         slots = region.slots
         for each in words:
-            payload = (source, put.round, put.epoch)
+            payload = (source, position, put.epoch)
             slots = replaced(slots, place * model.words + each, payload)
         if region.epoch != put.epoch:
             fault = f"rank {source} of epoch {put.epoch} wrote into a mailbox of {region.epoch}"

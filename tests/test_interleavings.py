@@ -204,7 +204,9 @@ def test_each_posts_its_next_round_at_once(duel: Duel) -> None:
             duel.step(rank)
             ahead = max(ahead, abs(duel.posted[0] - duel.posted[1]))
         duel.settle()
-    assert ahead == 1  # further than that nobody gets without the other's payload
+    # Further than that nobody gets without the other's payload; nor does it end, in a ring of one
+    # place, within so few passes.
+    assert ahead == (0 if duel.made.boxes[0].layout.places == 1 < duel.row(0)[w.PARTS] else 1)
 
 
 LETTERS = [(rank, how) for rank in (0, 1) for how in (HANDLE, MOVE, MOVE_AND_PUT)]
