@@ -39,7 +39,7 @@ LEAST_ENDPOINTS = 4
 class Tuning:
     """Constants of the engine.
 
-    Measured: spins and yields (docs/performance.md). The others are starting values.
+    Measured: spins, yields, eager and ring (docs/performance.md). The others are starting values.
 
     eager: largest payload (bytes) that travels in one message with its signal. spins, yields:
     idle passes before yielding, and (at most) before sleeping. chunk (bytes) and window (chunks):

@@ -424,8 +424,8 @@ class Gossip:
         self._handles.clear()
         if self._gradients.travel:
             del self.optimizer.zero_grad
-        if self._own_zero_grad is not None:
-            self.optimizer.zero_grad = self._own_zero_grad  # type: ignore[method-assign]
+            if self._own_zero_grad is not None:
+                self.optimizer.zero_grad = self._own_zero_grad  # type: ignore[method-assign]
         delattr(self.optimizer, MARK)
         for bucket in self._buckets:
             for parameter in bucket.parameters:
