@@ -54,8 +54,7 @@ def nvrtc() -> Any:
     pytest.skip("no NVRTC: pip install nvidia-cuda-nvrtc-cu12")
 
 
-@pytest.fixture(scope="module")
-def compiled() -> SimpleNamespace:
+def compile_for_sm_90(code: str) -> SimpleNamespace:
     """The PTX of each kernel, and what ptxas, which NVRTC runs for a real device, said of it."""
     library, program, size = nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
 
@@ -67,7 +66,7 @@ def compiled() -> SimpleNamespace:
 
     options = [f"--gpu-architecture={ARCHITECTURE}", "--std=c++17", "--ptxas-options=-v"]
     given = (ctypes.c_char_p * len(options))(*map(str.encode, options))
-    source = SOURCE.encode()
+    source = code.encode()
     assert library.nvrtcCreateProgram(ctypes.byref(program), source, b"mix.cu", 0, None, None) == 0
     status = library.nvrtcCompileProgram(program, len(options), given)
     log = text("ProgramLog")
@@ -77,6 +76,11 @@ def compiled() -> SimpleNamespace:
     kernels = {part.split("(")[0].strip(): part for part in ptx.split(".visible .entry ")[1:]}
     facts = {part.split("'")[0]: part for part in log.split("Compiling entry function '")[1:]}
     return SimpleNamespace(kernels=kernels, facts=facts, log=log)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> SimpleNamespace:
+    return compile_for_sm_90(SOURCE)
 
 
 def test_there_is_a_kernel_for_each_pair(compiled: SimpleNamespace) -> None:

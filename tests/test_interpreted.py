@@ -9,11 +9,12 @@ import pytest
 
 
 @pytest.mark.spawn
-def test_engine_interpreted() -> None:
+@pytest.mark.parametrize("name", ["test_engine", "test_device_rounds"])
+def test_engine_interpreted(name: str) -> None:
     folder = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib"]
-        + [str(folder / "test_engine.py")],
+        + [str(folder / f"{name}.py")],
         env={**os.environ, "NUMBA_DISABLE_JIT": "1"},
         capture_output=True,
         timeout=240,

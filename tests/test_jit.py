@@ -248,6 +248,52 @@ def test_copy_memory_may_overlap(run: Any, target: int, source: int) -> None:
     assert memory.tolist() == expected
 
 
+# --- C functions known by address ---------------------------------------------------------------
+
+
+@uncached
+def call_one(address: int, first: int) -> int:
+    return jit.call(address, (first,))
+
+
+@uncached
+def call_many(address: int, values: Any) -> int:
+    first, second, third = values[0], values[1], values[2]
+    return jit.call(address, (first, second, third, first, second, third, first, second, third))
+
+
+@both(call_one)
+def test_call_passes_and_returns(run: Any) -> None:
+    kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64)
+    given: list[int] = []
+
+    def function(value: int) -> int:
+        given.append(value)
+        return -5 if value < 0 else 600
+
+    callback = kind(function)
+    address = ctypes.cast(callback, ctypes.c_void_p).value
+    assert run(address, 1 << 40) == 600
+    assert run(address, -(1 << 40)) == -5  # int is 32 bits: its sign is kept
+    assert given == [1 << 40, -(1 << 40)]
+
+
+@both(call_many)
+def test_call_passes_more_than_registers_hold(run: Any) -> None:
+    kind = ctypes.CFUNCTYPE(ctypes.c_int, *(ctypes.c_int64,) * 9)
+    given: list[tuple[int, ...]] = []
+
+    def function(*values: int) -> int:
+        given.append(values)
+        return 0
+
+    callback = kind(function)
+    address = ctypes.cast(callback, ctypes.c_void_p).value
+    values = np.array([1 << 50, -2, 3])
+    assert run(address, values) == 0
+    assert given == [tuple(values.tolist()) * 3]
+
+
 # --- time, scheduling, sleeping ----------------------------------------------------------------
 
 
@@ -265,6 +311,11 @@ def give_way() -> int:
 @uncached
 def wait(first: int, second: int, timeout_ms: int) -> int:
     return jit.wait_readable(first, second, timeout_ms)
+
+
+@uncached
+def wait_briefly(first: int, second: int, timeout_ns: int) -> int:
+    return jit.wait_briefly(first, second, timeout_ns)
 
 
 @uncached
@@ -340,6 +391,18 @@ def test_wait_readable_says_which(run: Any, bells: tuple[int, int], raised: Any)
         os.eventfd_write(bells[index], 1)
     assert run(*bells, 0) == sum(1 << index for index in raised)
     assert run(*bells, 0) == sum(1 << index for index in raised)  # it takes nothing away
+
+
+@both(wait_briefly)
+def test_wait_briefly_says_which_and_ends(run: Any, bells: tuple[int, int]) -> None:
+    first, second = bells
+    start = time.monotonic()
+    assert run(first, second, 50_000) == 0
+    assert time.monotonic() - start < DEADLINE
+    jit.kick(second)
+    assert run(first, second, 900_000_000) == 2
+    assert run(second, -1, 900_000_000) == 1
+    assert time.monotonic() - start < 0.9
 
 
 @both(wait)

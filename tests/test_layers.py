@@ -23,7 +23,16 @@ FLOORS = {
         "quarantine",
         "history",
     ),
-    1: ("ucp.abi", "ucp.lib", "board", "running", "greeting", "rendezvous", "members.*"),
+    1: (
+        "ucp.abi",
+        "ucp.lib",
+        "device.*",
+        "board",
+        "running",
+        "greeting",
+        "rendezvous",
+        "members.*",
+    ),
     2: (
         "ucp",
         "ucp.ops",

@@ -11,6 +11,8 @@ GossipError
  +-- BackendError (RuntimeError)         a mixing kernel that cannot run here
  |    +-- MissingExtraError (ImportError)    its package; the message names the extra to install
  |    +-- NoDeviceError                  no CUDA device, or no driver for it
+ |    +-- CudaVersionError               a UCX wheel for another CUDA than the driver's
+ +-- DeviceError (RuntimeError)          a call of the device's driver returned an error
  +-- UCXError (RuntimeError)             a UCX call returned an error status
  +-- RendezvousError (RuntimeError)      the meeting of the ranks
  |    +-- PortInUseError                 another program listens on MASTER_PORT
@@ -92,6 +94,21 @@ class MissingExtraError(BackendError, ImportError):
 
 class NoDeviceError(BackendError):
     """No CUDA device that this process can use."""
+
+
+class CudaVersionError(BackendError):
+    """The UCX wheel is built for a newer CUDA than this machine's driver serves."""
+
+
+class DeviceError(GossipError, RuntimeError):
+    """A call of a device's driver returned an error.
+
+    Attributes: `call`, the C function; `status`, its ``CUresult``; `name`, that one's name.
+    """
+
+    def __init__(self, call: str, status: int, name: str, detail: str = "") -> None:
+        self.call, self.status, self.name = call, status, name
+        super().__init__(f"{call}: {name} ({status}){': ' + detail if detail else ''}")
 
 
 class UCXError(GossipError, RuntimeError):

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import llvmlite.binding as llvm
 import numba
@@ -224,6 +224,38 @@ def copy_memory(target: int, source: int, nbytes: int) -> None:
 compiled_as(copy_memory, lambda target, source, nbytes: _memmove(target, source, nbytes))
 
 
+# --- C functions known by address ---------------------------------------------------------------
+
+
+@intrinsic
+def _call(typingctx: Any, address: Any, arguments: Any) -> Any:
+    count = len(arguments)
+    tuple_of, unpack = cast(Any, types.UniTuple), cast(Any, cgutils.unpack_tuple)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        word = ir.IntType(64)
+        kind = ir.FunctionType(ir.IntType(32), [word] * count)
+        function = builder.inttoptr(args[0], kind.as_pointer())
+        found = builder.call(function, unpack(builder, args[1], count))
+        return builder.sext(found, word)
+
+    return types.int64(types.int64, tuple_of(types.int64, count)), codegen
+
+
+def call(address: int, arguments: tuple[int, ...]) -> int:
+    """Call the C function at `address`: ``int f(int64_t, ...)``, pointers among its arguments.
+
+    For functions that a table holds, where `external` would bind a name for the whole process.
+    Smaller integers go as 64 bits, which is the same in registers and on the stack of the ABIs of
+    Linux on x86-64 and aarch64.
+    """
+    prototype = ctypes.CFUNCTYPE(ctypes.c_int, *(ctypes.c_int64,) * len(arguments))
+    return int(prototype(int(address))(*map(int, arguments)))
+
+
+compiled_as(call, lambda address, arguments: _call(address, arguments))
+
+
 # --- libc: time, scheduling, sleeping ----------------------------------------------------------
 
 
@@ -232,12 +264,13 @@ def _libc(name: str) -> None:
     link(name, ctypes.cast(function, ctypes.c_void_p).value or 0)
 
 
-for _name in ("memmove", "clock_gettime", "sched_yield", "poll", "read", "write"):
+for _name in ("memmove", "clock_gettime", "sched_yield", "poll", "ppoll", "read", "write"):
     _libc(_name)
 
 _clock_gettime = external("clock_gettime", types.int32, types.int32, types.voidptr)
 _sched_yield = external("sched_yield", types.int32)
 _poll = external("poll", types.int32, types.voidptr, types.uint64, types.int32)
+_ppoll = external("ppoll", types.int32, types.voidptr, types.uint64, types.voidptr, types.int64)
 _read = external("read", types.int64, types.int32, types.voidptr, types.uint64)
 _write = external("write", types.int64, types.int32, types.voidptr, types.uint64)
 
@@ -294,6 +327,22 @@ def _wait_readable(first: int, second: int, timeout_ms: int) -> int:
     words[0] = (first & 0xFFFFFFFF) | (_POLLIN << 32)
     words[1] = (second & 0xFFFFFFFF) | (_POLLIN << 32)
     if _poll(space, 2, timeout_ms) <= 0:
+        return 0
+    return ((words[0] >> 48) != 0) + 2 * ((words[1] >> 48) != 0)  # type: ignore[no-any-return]
+
+
+def wait_briefly(first: int, second: int, timeout_ns: int) -> int:
+    """As `wait_readable`, for at most `timeout_ns` nanoseconds (below a second), by ppoll(2)."""
+    return wait_readable(first, second, timeout_ns / 1e6)  # type: ignore[arg-type]
+
+
+def _wait_briefly(first: int, second: int, timeout_ns: int) -> int:
+    space, limit = _scratch(), _scratch()
+    words, times = numba.carray(space, (2,), np.int64), numba.carray(limit, (2,), np.int64)
+    words[0] = (first & 0xFFFFFFFF) | (_POLLIN << 32)
+    words[1] = (second & 0xFFFFFFFF) | (_POLLIN << 32)
+    times[0], times[1] = 0, timeout_ns
+    if _ppoll(space, 2, limit, 0) <= 0:
         return 0
     return ((words[0] >> 48) != 0) + 2 * ((words[1] >> 48) != 0)  # type: ignore[no-any-return]
 
@@ -392,6 +441,7 @@ compiled_as(wait_stream, _wait_stream)
 compiled_as(write_word, _write_word)
 compiled_as(yield_cpu, lambda: _sched_yield())
 compiled_as(wait_readable, _wait_readable)
+compiled_as(wait_briefly, _wait_briefly)
 compiled_as(kick, _kick)
 compiled_as(drain, _drain)
 

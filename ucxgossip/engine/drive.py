@@ -24,11 +24,13 @@ from typing import Any
 
 from ucxgossip import jit
 from ucxgossip.engine import words as w
+from ucxgossip.engine.device_rounds import advance_device, launched, staged
 from ucxgossip.engine.handlers import all_seen, mailbox_floats, mailbox_words
 from ucxgossip.engine.rounds import advance, may_put
 from ucxgossip.ucp import ops
 
 _PARK_MS = 1
+_NAP_NS = 50_000
 _SLEEP_MS = 1000
 _LEAST = 10
 _MS = 1_000_000
@@ -89,6 +91,7 @@ def _whose_turn(engine: Any) -> int:
             jit.load_acquire(mailbox, w.STATE) == w.ACTIVE
             and (chosen < 0 or mailbox[w.TURN] < earliest)
             and may_put(engine, mailbox)
+            and staged(mailbox)
         ):
             chosen, earliest = index, mailbox[w.TURN]
     return chosen
@@ -112,10 +115,15 @@ def drive_once(engine: Any) -> int:
     """
     moved = ops.progress(engine[w.WORKER])
     chosen = _whose_turn(engine)
+    engine[w.NAPS] = 0
     for index in range(engine[w.MAILBOXES]):
         mailbox = mailbox_words(engine, index)
         if jit.load_acquire(mailbox, w.STATE) == w.ACTIVE:
-            moved += advance(engine, mailbox, mailbox_floats(engine, index), index == chosen)
+            floats, turn = mailbox_floats(engine, index), index == chosen
+            if mailbox[w.DEVICE] == 0:
+                moved += advance(engine, mailbox, floats, turn)
+            else:
+                moved += advance_device(engine, mailbox, floats, turn)
     if moved:
         if engine[w.DOZING]:
             _doze(engine, 0)
@@ -146,8 +154,12 @@ def _may_sleep(engine: Any) -> bool:
 
 
 @jit.njit
-def _sleep(engine: Any, wake_fd: int, timeout_ms: int) -> None:
-    if jit.wait_readable(engine[w.EVENT_FD], wake_fd, timeout_ms) & 2:
+def _sleep(engine: Any, wake_fd: int, timeout_ms: int, naps: int) -> None:
+    if naps:  # a device wakes nobody
+        woken = jit.wait_briefly(engine[w.EVENT_FD], wake_fd, _NAP_NS)
+    else:
+        woken = jit.wait_readable(engine[w.EVENT_FD], wake_fd, timeout_ms)
+    if woken & 2:
         jit.drain(wake_fd)
 
 
@@ -174,13 +186,28 @@ def drive(engine: Any, index: int, deadline_ns: int) -> bool:
 
 
 @jit.njit
+def drive_launched(engine: Any, index: int, deadline_ns: int) -> bool:
+    """As `drive`, until all of the round of mailbox `index` is enqueued on its device."""
+    if not acquire(engine, deadline_ns):
+        return False
+    ended = _drive(engine, index, deadline_ns, True)
+    release(engine)
+    return ended
+
+
+@jit.njit
 def drive_locked(engine: Any, index: int, deadline_ns: int) -> bool:
     """As `drive`, for a caller who holds the lock."""
+    return _drive(engine, index, deadline_ns, False)
+
+
+@jit.njit
+def _drive(engine: Any, index: int, deadline_ns: int, launch: bool) -> bool:
     engine[w.QUIET] = 0
     ended = True
     while True:
         drive_once(engine)
-        if not pending(engine, index):
+        if not pending(engine, index) or (launch and launched(mailbox_words(engine, index))):
             break
         if engine[w.QUIET] <= engine[w.SPINS]:
             continue
@@ -191,7 +218,8 @@ def drive_locked(engine: Any, index: int, deadline_ns: int) -> bool:
         if jit.load_acquire(engine, w.DRIVERS) > 1:
             _let_others(engine)
         elif _may_sleep(engine):
-            _sleep(engine, engine[w.DRIVER_FD], min(left // _MS + 1, _SLEEP_MS))
+            timeout_ms = min(left // _MS + 1, _SLEEP_MS)
+            _sleep(engine, engine[w.DRIVER_FD], timeout_ms, engine[w.NAPS])
     return ended
 
 
@@ -211,13 +239,14 @@ def _serve(engine: Any) -> None:
         posts = jit.load_acquire(engine, w.POSTS)
         drive_once(engine)
         asleep = _may_sleep(engine)
+    naps = engine[w.NAPS]
     if asleep:
         jit.store_release(engine, w.ASLEEP, 1)
     jit.store_release(engine, w.LOCK, 0)
     if asleep:
         jit.full_fence()  # whoever posts a round reads ASLEEP after that
         if jit.load_acquire(engine, w.POSTS) == posts:
-            _sleep(engine, engine[w.ENGINE_FD], _SLEEP_MS)
+            _sleep(engine, engine[w.ENGINE_FD], _SLEEP_MS, naps)
         jit.store_release(engine, w.ASLEEP, 0)
 
 

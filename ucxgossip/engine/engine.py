@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import logging
 import os
 import threading
 import time
@@ -15,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ucxgossip import forks, jit
+from ucxgossip.device import Device
 from ucxgossip.engine import drive, handlers, itinerary, rounds
 from ucxgossip.engine import words as w
 from ucxgossip.engine.post import Post
+from ucxgossip.engine.staging import Staging
 from ucxgossip.errors import ArgumentError, ExchangeError, ExchangeTimeoutError
 from ucxgossip.kernels.cpu import mix
 from ucxgossip.mailbox import Mailbox
@@ -29,6 +32,8 @@ from ucxgossip.ucp.worker import Worker
 _SLICE_NS = 250_000_000
 _LOCK_NS = 60_000_000_000
 _CLOSE_NS = 2_000_000_000
+_DEVICE_S = 10.0
+_log = logging.getLogger("ucxgossip")
 
 
 LEAST_ENDPOINTS = 4
@@ -94,6 +99,7 @@ class Engine:
         self.worker = Worker(context)
         self.endpoints: dict[int, Endpoint] = {}
         self.mailboxes: list[Mailbox] = []
+        self.stagings: dict[int, Staging] = {}
         self.words = np.zeros(w.ENGINE_WORDS, np.int64)
         self.address = int(self.words.ctypes.data)
         self.table = np.zeros((max_mailboxes, w.MAILBOX_WORDS), np.int64)
@@ -117,6 +123,7 @@ class Engine:
             self.words[w.STOP] = 1
             drive.run(self.words)
             drive.drive(self.words, -1, jit.now_ns() + _LOCK_NS)
+            drive.drive_launched(self.words, -1, jit.now_ns() + _LOCK_NS)
             self.words[w.STOP] = 0
             jit.compile_ahead(rounds.post, rounds.POST_SIGNATURE)
             jit.compile_ahead(itinerary.post, itinerary.POST_SIGNATURE)
@@ -249,6 +256,25 @@ class Engine:
             mailbox.index = index
             self.words[w.MAILBOXES] = index + 1
 
+    def equip(self, mailbox: Mailbox, device: Device) -> Staging:
+        """Let the rounds of `mailbox` exchange memory of `device`, by staging in pinned memory.
+
+        Before its first round. Sources and targets are device addresses from then on; `Staging`
+        says when they may be read. `DeviceError` where the device refuses.
+        """
+        self._check_open()
+        with self.locked():
+            staging = Staging(self.context, mailbox, device)
+            self.stagings[mailbox.index] = staging
+            self.table[mailbox.index, w.DEVICE] = staging.words.ctypes.data
+        return staging
+
+    def _settle_devices(self) -> None:
+        """Wait until no device works for a round any more, for a limited time."""
+        for device in {id(each.device): each.device for each in self.stagings.values()}.values():
+            if not device.settle(_DEVICE_S):
+                _log.warning("%s: work of rounds is still under way", device.name)
+
     def _place(self, row: NDArray[np.int64], mailbox: Mailbox) -> None:
         """Write where the mailbox's region is into its row. The caller holds the lock."""
         layout, region = mailbox.layout, mailbox.region
@@ -281,6 +307,7 @@ class Engine:
                     row[w.DONE_NS] = jit.now_ns()
                     jit.store_release(row, w.STATE, w.BROKEN)
             self._drop_requests()
+            self._settle_devices()
             for endpoint in self.endpoints.values():
                 endpoint.abandon()
                 endpoint.close()
@@ -289,6 +316,8 @@ class Engine:
             for mailbox in self.mailboxes:
                 mailbox.renew(elsewhere)
                 self._place(self.table[mailbox.index], mailbox)
+            for staging in self.stagings.values():
+                staging.follow()
             self.worker.forget_users()  # of which this engine is one, and goes on
             self.worker.close()
             self.worker = worker
@@ -323,18 +352,20 @@ class Engine:
         """The rank to which the mailbox's last round goes, -1 for none."""
         return int(self.table[mailbox.index, w.TO])
 
-    def wait(self, mailbox: Mailbox, timeout: float) -> bool:
+    def wait(self, mailbox: Mailbox, timeout: float, launched: bool = False) -> bool:
         """Drive until the mailbox's round has ended, or `timeout` seconds; whether it ended.
 
+        launched: until all of it is enqueued on its device, or it has ended.
         Returns to Python four times a second, so that signals are handled.
         """
         self._check_open()
         if self.table.item(mailbox.index, w.STATE) != w.ACTIVE:
             return True
         deadline = jit.now_ns() + int(timeout * 1e9)
+        run = drive.drive_launched if launched else drive.drive
         while True:
             now = jit.now_ns()
-            if drive.drive(self.words, mailbox.index, min(deadline, now + _SLICE_NS)):
+            if run(self.words, mailbox.index, min(deadline, now + _SLICE_NS)):
                 return True
             if now >= deadline:
                 return False
@@ -367,6 +398,9 @@ class Engine:
         self._drop_requests()
         for endpoint in self.endpoints.values():
             endpoint.abandon()
+        self._settle_devices()
+        for staging in self.stagings.values():
+            staging.close()
         for mailbox in self.mailboxes:
             mailbox.close()
         self.worker.close()
@@ -395,7 +429,10 @@ class Engine:
         to, sender = int(row[w.TO]), int(row[w.FROM])
         parts = int(row[w.PARTS])
         put = int(row[w.PUT])
-        if to >= 0 and put < parts and self._unopened(mailbox, row):
+        staging = self.stagings.get(mailbox.index)
+        if staging is not None and staging.waits_for_source:
+            rank, what = self.rank, f"to compute on {staging.device.name} what it sends"
+        elif to >= 0 and put < parts and self._unopened(mailbox, row):
             rank, what = to, "to free its slot (it is at an earlier round)"
             if put:
                 what = f"to free its place for chunk {put + 1} of {parts}"

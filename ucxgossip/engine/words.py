@@ -42,6 +42,7 @@ SLEPT = 42  # 1 if somebody slept since something moved
 PATIENCE = 43  # idle passes that yield before sleeping, now
 WAKES = 44  # address of: 1 where a put wakes its target, by rank
 BELLS = 45  # bells sent
+NAPS = 46  # 1 where a device works for a round: nobody is woken when it is done
 STOP = 48  # 1 ends the engine thread
 UNSEEN = 56  # bells whose signal was not visible yet; (mailbox, round, chunk) triples follow
 UNSEEN_MAX = 64
@@ -105,7 +106,8 @@ DOZE = 48  # local address of the doze word: 1 where a store must be followed by
 DOZE_OFFSET = 49  # of that in the region, equal on all ranks
 CREDITS_OFFSET = 50
 PER_SLOT = 51  # chunks that one slot holds
-MAILBOX_WORDS = 52
+DEVICE = 52  # address of the words of `device_rounds`, 0: source and target are host memory
+MAILBOX_WORDS = 53
 
 # --- floats of a mailbox -----------------------------------------------------------------------
 ALPHA = 0
@@ -137,3 +139,4 @@ CHECKED_HEADER_BYTES = HEADER_BYTES + 8  # of data with a checksum, which follow
 
 # --- values of FAILURE that are no ucs_status_t (those end at -100) ----------------------------
 CORRUPT = -1000  # a chunk is not what its checksum says
+DEVICE_FAILED = -10000  # less the error (above 0) that a call of the device's driver returned

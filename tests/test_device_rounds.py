@@ -1,0 +1,456 @@
+"""engine.device_rounds on a device whose streams and events complete late (fake_device).
+
+Two engines in one process, driven in turns by the test. What a GPU alone can show (that its copies
+and kernels are ordered by streams as the fake's are) is left to the tests marked `gpu`.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ucxgossip.device import table as t
+from ucxgossip.engine import device_rounds as d
+from ucxgossip.engine import drive
+from ucxgossip.engine import words as w
+from ucxgossip.engine.staging import PLACES
+
+
+def load(name: str) -> ModuleType:
+    """Test modules are not importable by name (``--import-mode=importlib``)."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+engines = load("test_engine")
+fake = load("fake_device")
+CHUNK = engines.TUNING.chunk
+OUT, IN, HOST = fake.OUT, fake.IN, fake.HOST
+
+
+class DevicePair:
+    """The two ranks of `test_engine.Pair`; those in `on` exchange memory of a fake device."""
+
+    def __init__(self, pair: Any, on: tuple[int, ...], pace: int, seed: int = 0) -> None:
+        self.pair, self.on = pair, on
+        self.device = fake.FakeDevice(seed, pace)
+        self.stagings = {
+            rank: pair.engines[rank].equip(pair.boxes[rank], self.device) for rank in on
+        }
+
+    def memory(self, values: np.ndarray) -> Any:
+        """`values` on the device; the array views it."""
+        memory = self.device.allocate(values.nbytes)
+        memory.view(values.dtype, len(values))[:] = values
+        return memory
+
+    def post(self, rank: int, memory: Any, dtype: Any = np.float32, **changes: Any) -> None:
+        """A round in place on `memory`, whose source event is recorded now."""
+        if rank in self.on:
+            self.stagings[rank].ready()
+        other = 1 - rank
+        what = {
+            **{"source": memory.address, "target": memory.address, "nbytes": memory.nbytes},
+            **{"to": other, "sender": other, "next_writer": other, "whole": 1},
+            "operation": w.MIX_FLOAT64 if dtype == np.float64 else w.MIX_FLOAT32,
+        }
+        post = engines.Post(**{**what, **changes})
+        self.pair.engines[rank].post(self.pair.boxes[rank], post)
+
+    def word(self, rank: int, index: int) -> int:
+        return int(self.stagings[rank].words[index])
+
+    def step(self, rank: int, passes: int = 30) -> None:
+        """Let one rank drive; with pace 0 the device stands still."""
+        for _ in range(passes):
+            drive.drive_once(self.pair.engines[rank].words)
+
+    def tick_out(self, *streams: int) -> None:
+        """Let everything happen that these streams hold."""
+        while self.device.tick(*streams):
+            pass
+
+    def launched(self, rank: int) -> bool:
+        return self.word(rank, d.PHASE) >= d.LAUNCHED
+
+
+@pytest.fixture(params=["tcp", "shm"])
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def make(transport: str) -> Iterator[Callable[..., DevicePair]]:
+    made: list[DevicePair] = []
+
+    def build(
+        nbytes: int, depth: int = 2, on: tuple[int, ...] = (0, 1), pace: int = 1, **more: Any
+    ) -> DevicePair:
+        seed = more.pop("seed", 0)
+        pair = engines.make_pair(transport, nbytes, depth, **more)
+        made.append(DevicePair(pair, on, pace, seed))
+        return made[-1]
+
+    yield build
+    for each in made:
+        each.device.check()
+        for box in each.pair.boxes:
+            assert box.intact(), "a guard byte of a mailbox was overwritten"
+        for engine in each.pair.engines:
+            engine.close()
+            engine.context.close()
+        assert each.device.idle()
+        assert not each.device.pinned and not each.device.live
+
+
+def values_of(count: int, seed: int, dtype: Any = np.float32) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(count).astype(dtype) for _ in range(2)]
+
+
+def mean(mine: np.ndarray, other: np.ndarray, alpha: float = 0.5) -> np.ndarray:
+    return mine + mine.dtype.type(alpha) * (other - mine)
+
+
+# --- values ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on", [(0, 1), (0,)], ids=["both", "one with a host"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("count", [3, 700, 2500])
+def test_rounds_mix_as_on_the_host(
+    make: Callable[..., DevicePair], on: tuple[int, ...], dtype: Any, count: int
+) -> None:
+    """Both ranks' values after several rounds, whatever the order of the device's work."""
+    for seed, pace in ((1, 1), (2, 1), (3, 2), (4, 7)):
+        values = values_of(count, seed, dtype)
+        both = make(values[0].nbytes, on=on, pace=pace, seed=seed)
+        memories = [both.memory(each) for each in values]
+        for _ in range(5):
+            for rank in (0, 1):
+                both.post(rank, memories[rank], dtype)
+            both.pair.until(both.pair.ended)
+            distance = float(((values[1] - values[0]).astype(np.float64) ** 2).sum())
+            for rank in on:
+                engine, box = both.pair.engines[rank], both.pair.boxes[rank]
+                found = float(engine.floats[box.index, w.DISTANCE])
+                assert found == pytest.approx(distance, rel=1e-4, abs=1e-30)
+            values = [mean(values[0], values[1], 0.5), mean(values[1], values[0], 0.5)]
+            for rank in (0, 1):
+                assert np.array_equal(memories[rank].view(dtype, count), values[rank])
+
+
+def test_copies_and_one_sided_rounds(make: Callable[..., DevicePair]) -> None:
+    values = values_of(1000, 5)
+    both = make(values[0].nbytes)
+    memories = [both.memory(each) for each in values]
+    both.post(0, memories[0], sender=-1, next_writer=-1)
+    both.post(1, memories[1], to=-1, operation=w.COPY, next_writer=-1)
+    both.pair.until(both.pair.ended)
+    assert np.array_equal(memories[1].view(np.float32, 1000), values[0])
+    assert np.array_equal(memories[0].view(np.float32, 1000), values[0])
+
+
+def test_source_and_target_apart(make: Callable[..., DevicePair]) -> None:
+    values = values_of(1000, 6)
+    both = make(values[0].nbytes)
+    sources, targets = ([both.memory(each) for each in values] for _ in range(2))
+    for rank in (0, 1):
+        both.post(rank, sources[rank], target=targets[rank].address)
+    both.pair.until(both.pair.ended)
+    for rank in (0, 1):
+        assert np.array_equal(sources[rank].view(np.float32, 1000), values[rank])
+        expected = mean(values[rank], values[1 - rank])
+        assert np.array_equal(targets[rank].view(np.float32, 1000), expected)
+
+
+def test_a_chunk_that_is_not_finite_is_left_out(make: Callable[..., DevicePair]) -> None:
+    values = values_of(4 * CHUNK // 4, 7)
+    values[0][3] = np.nan  # chunk 0
+    values[1][CHUNK // 4] = np.inf  # chunk 1
+    both = make(values[0].nbytes)
+    memories = [both.memory(each) for each in values]
+    for rank in (0, 1):
+        both.post(rank, memories[rank])
+    both.pair.until(both.pair.ended)
+    apart = 2 * CHUNK // 4
+    for rank in (0, 1):
+        found = memories[rank].view(np.float32, len(values[0]))
+        assert found[:apart].tobytes() == values[rank][:apart].tobytes()
+        expected = mean(values[rank][apart:], values[1 - rank][apart:])
+        assert np.array_equal(found[apart:], expected)
+        assert both.pair.word(rank, w.SPOILED) == 1
+        assert both.pair.word(rank, w.OWN_SPOILED) == 1
+        engine, box = both.pair.engines[rank], both.pair.boxes[rank]
+        assert np.isfinite(engine.floats[box.index, w.DISTANCE])
+
+
+def test_allowed_values_are_mixed(make: Callable[..., DevicePair]) -> None:
+    values = values_of(100, 8)
+    values[0][3] = np.nan
+    both = make(values[0].nbytes)
+    memories = [both.memory(each) for each in values]
+    for rank in (0, 1):
+        both.post(rank, memories[rank], whole=0)
+    both.pair.until(both.pair.ended)
+    for rank in (0, 1):
+        assert np.isnan(memories[rank].view(np.float32, 100)[3])
+        assert both.pair.word(rank, w.SPOILED) == 0
+
+
+# --- order -------------------------------------------------------------------------------------
+
+
+def test_nothing_leaves_before_the_sources_event(make: Callable[..., DevicePair]) -> None:
+    values = values_of(700, 9)
+    both = make(values[0].nbytes, pace=0)
+    memories = [both.memory(np.full(700, np.nan, np.float32)) for _ in values]
+    for rank in (0, 1):
+
+        def write(rank: int = rank) -> None:
+            memories[rank].view(np.float32, 700)[:] = values[rank]
+
+        both.device.compute(write)
+        both.post(rank, memories[rank])
+    both.pair.settle(0)
+    assert both.device.log == [] and both.word(0, d.COPIED) == 0
+    assert both.pair.word(0, w.PUT) == both.pair.word(1, w.PUT) == 0
+    assert "compute" in both.pair.engines[0].describe_wait(both.pair.boxes[0], 1.0).what
+    both.device.pace = 1
+    both.pair.until(both.pair.ended)
+    for rank in (0, 1):
+        expected = mean(values[rank], values[1 - rank])
+        assert np.array_equal(memories[rank].view(np.float32, 700), expected)
+
+
+def test_a_chunk_is_put_once_its_copy_has_completed(make: Callable[..., DevicePair]) -> None:
+    values = values_of(3 * CHUNK // 4, 10)
+    both = make(values[0].nbytes, pace=0)
+    memories = [both.memory(each) for each in values]
+    for rank in (0, 1):
+        both.post(rank, memories[rank])
+    both.tick_out(HOST)
+    both.pair.settle(0)
+    assert both.word(0, d.COPIED) == 3 and both.word(0, d.LEFT) == 0
+    assert both.pair.word(0, w.PUT) == 0
+    both.device.tick(OUT)  # the copy of a rank's first chunk, whose event has not completed
+    both.pair.settle(0)
+    assert both.pair.word(0, w.PUT) == both.pair.word(1, w.PUT) == 0
+    both.device.pace = 1
+    both.pair.until(both.pair.ended)
+
+
+def test_in_place_a_chunk_is_mixed_after_its_own_copy_left(
+    make: Callable[..., DevicePair],
+) -> None:
+    values = values_of(700, 11)
+    both = make(values[0].nbytes, on=(0,), pace=0)
+    memories = [both.memory(each) for each in values]
+    for rank in (0, 1):
+        both.post(rank, memories[rank])
+    both.tick_out(HOST)
+    both.pair.settle(0)
+    assert both.pair.word(1, w.SENT) == both.pair.word(1, w.PARTS)  # all has arrived
+    assert both.word(0, d.ENQUEUED) == 0
+    assert np.array_equal(memories[0].view(np.float32, 700), values[0])
+    both.tick_out(OUT)
+    both.step(0)
+    assert both.word(0, d.ENQUEUED) > 0
+    both.device.pace = 1
+    both.pair.until(both.pair.ended)
+
+
+def test_no_credit_before_the_mix_has_completed(make: Callable[..., DevicePair]) -> None:
+    """The slot stays its sender's until the device has read it, however far that is ahead."""
+    values = values_of(100, 12)
+    both = make(values[0].nbytes, depth=1, on=(0,), pace=0)
+    memories = [both.memory(each) for each in values]
+    for rank in (0, 1):
+        both.post(rank, memories[rank])
+    both.tick_out(HOST)
+    both.pair.settle(0)
+    both.tick_out(OUT)
+    both.pair.until(lambda: both.pair.ended(1))
+    both.step(0)
+    assert both.launched(0) and both.pair.word(0, w.MIXED) == 0
+    again = both.memory(values[0] + 1)
+    both.post(1, again)  # the next round, into the only slot
+    both.pair.settle(0)
+    assert both.pair.word(1, w.PUT) == 0
+    slot = both.pair.boxes[0].slot(0, np.float32, 100)
+    assert np.array_equal(slot, values[1])
+    both.tick_out(IN)
+    both.pair.until(lambda: both.pair.ended(0))
+    assert np.array_equal(memories[0].view(np.float32, 100), mean(values[0], values[1]))
+    both.post(0, memories[0])
+    both.device.pace = 1
+    both.pair.until(both.pair.ended)
+
+
+def test_done_is_recorded_after_the_last_mix(make: Callable[..., DevicePair]) -> None:
+    values = values_of(6 * CHUNK // 4, 13)
+    both = make(values[0].nbytes, on=(0,), pace=1)
+    memories = [both.memory(each) for each in values]
+    for rank in (0, 1):
+        both.post(rank, memories[rank])
+    both.pair.until(both.pair.ended)
+    log = both.device.log
+    done = log.index(f"event {both.stagings[0].done_event}")
+    kernels = [i for i, what in enumerate(log) if what.startswith("kernel")]
+    assert len(kernels) == 12  # two a chunk
+    assert max(kernels) < done
+
+
+def test_a_stream_joins_while_mixes_are_under_way(make: Callable[..., DevicePair]) -> None:
+    """`join_stream` after the launch gives whole values, before the round has ended."""
+    values = values_of(2000, 14)
+    both = make(values[0].nbytes, pace=0)
+    memories = [both.memory(each) for each in values]
+    for rank in (0, 1):
+        both.post(rank, memories[rank])
+    both.tick_out(HOST)
+    while not (both.launched(0) and both.launched(1)):
+        both.pair.settle(0)
+        both.tick_out(OUT)
+        if not both.launched(0) and both.word(0, d.ENQUEUED) - both.pair.word(0, w.MIXED) == PLACES:
+            both.device.tick(IN)
+    assert not both.pair.ended(0)
+    for rank in (0, 1):
+        assert both.stagings[rank].join_stream() == HOST
+        expected = mean(values[rank], values[1 - rank])
+        assert np.array_equal(memories[rank].view(np.float32, 2000), expected)
+    both.device.pace = 1
+    both.pair.until(both.pair.ended)
+
+
+def test_a_held_round_mixes_after_the_streams_work(make: Callable[..., DevicePair]) -> None:
+    values = values_of(700, 15)
+    both = make(values[0].nbytes, pace=1)
+    memories = [both.memory(each) for each in values]
+    for rank in (0, 1):
+        both.post(rank, memories[rank], held=1)
+    both.pair.settle(0, 300)
+    assert both.word(0, d.ENQUEUED) == 0
+    assert both.pair.word(0, w.SENT) == both.pair.word(0, w.PARTS)
+    both.device.pace = 0
+    read = []
+    both.device.compute(lambda: read.append(memories[0].view(np.float32, 700).copy()))
+    for rank in (0, 1):
+        both.stagings[rank].unheld()
+        both.pair.engines[rank].unhold(both.pair.boxes[rank])
+    both.pair.settle(0)
+    assert both.launched(0)  # the host need not wait for the stream
+    both.tick_out(IN)
+    assert np.array_equal(memories[0].view(np.float32, 700), values[0])
+    both.device.pace = 1
+    both.pair.until(both.pair.ended)
+    assert np.array_equal(read[0], values[0])
+    assert np.array_equal(memories[0].view(np.float32, 700), mean(values[0], values[1]))
+
+
+def test_launched_is_waited_for(make: Callable[..., DevicePair]) -> None:
+    """`Engine.wait(launched=True)` returns while the device still mixes."""
+    values = values_of(100, 16)
+    both = make(values[0].nbytes, on=(0,), pace=0)
+    memories = [both.memory(each) for each in values]
+    for rank in (0, 1):
+        both.post(rank, memories[rank])
+    both.tick_out(HOST)
+    engine, box = both.pair.engines[0], both.pair.boxes[0]
+    assert not engine.wait(box, 0.01, launched=True)
+    both.tick_out(OUT)
+    both.pair.settle(0)
+    assert engine.wait(box, engines.DEADLINE_S, launched=True)
+    assert engine.active(box) and not engine.wait(box, 0.01)
+    both.device.pace = 1
+    assert engine.wait(box, engines.DEADLINE_S)
+
+
+# --- what goes wrong ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", ["query", "record", "copy", "launch", "push"])
+def test_an_error_of_the_device_ends_the_round(
+    make: Callable[..., DevicePair], function: str
+) -> None:
+    values = values_of(100, 17)
+    both = make(values[0].nbytes, on=(0,), pace=1)
+    memories = [both.memory(each) for each in values]
+    for rank in (0, 1):
+        both.post(rank, memories[rank])
+    both.device.fails[function] = 719
+    both.pair.until(lambda: both.pair.word(0, w.STATE) == w.FAILED)
+    assert both.pair.word(0, w.FAILURE) == w.DEVICE_FAILED - 719
+    both.device.fails.clear()
+
+
+def test_a_corrupt_chunk_is_not_mixed(make: Callable[..., DevicePair]) -> None:
+    values = values_of(100, 18)
+    both = make(values[0].nbytes, on=(0,), pace=1, verify=True)
+    memories = [both.memory(each) for each in values]
+    for rank in (0, 1):
+        both.post(rank, memories[rank])
+    both.pair.until(both.pair.ended)
+    both.post(1, memories[1])
+    both.pair.until(lambda: both.pair.word(1, w.SENT) == 1, 1, 0)
+    both.pair.settle(0)
+    both.pair.boxes[0].slot(1, np.float32, 100)[0] += 1
+    before = memories[0].view(np.float32, 100).copy()
+    both.post(0, memories[0])
+    both.pair.until(lambda: both.pair.word(0, w.STATE) != w.ACTIVE)
+    assert both.pair.word(0, w.FAILURE) == w.CORRUPT
+    assert np.array_equal(memories[0].view(np.float32, 100), before)
+
+
+def test_a_round_that_is_broken_off_leaves_nothing_running(
+    make: Callable[..., DevicePair],
+) -> None:
+    values = values_of(3 * CHUNK // 4, 19)
+    both = make(values[0].nbytes, on=(0,), pace=0)
+    memories = [both.memory(each) for each in values]
+    for rank in (0, 1):
+        both.post(rank, memories[rank])
+    both.tick_out(HOST)
+    both.pair.settle(0)
+    both.tick_out(OUT)
+    both.pair.settle(0)
+    assert both.word(0, d.ENQUEUED) > 0 and not both.device.idle()
+    engine, box = both.pair.engines[0], both.pair.boxes[0]
+    pinned = set(both.device.pinned)
+    engine.renew(1, elsewhere=True)
+    assert both.pair.word(0, w.STATE) == w.BROKEN
+    assert both.device.idle()
+    found = memories[0].view(np.float32, len(values[0])).reshape(3, -1)
+    wanted = mean(values[0], values[1]).reshape(3, -1)
+    for chunk, (old, new) in enumerate(zip(values[0].reshape(3, -1), wanted, strict=True)):
+        assert np.array_equal(found[chunk], old) or np.array_equal(found[chunk], new)
+    start = box.region.address // 4096 * 4096
+    assert start in both.device.pinned and set(both.device.pinned) != pinned
+
+
+def test_memory_that_cannot_be_pinned_is_said(
+    make: Callable[..., DevicePair], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(fake.FakeDevice, "pin", lambda *_: False)
+    values = values_of(100, 20)
+    both = make(values[0].nbytes)
+    assert "cannot be pinned" in caplog.text
+    memories = [both.memory(each) for each in values]
+    for rank in (0, 1):
+        both.post(rank, memories[rank])
+    both.pair.until(both.pair.ended)
+    assert np.array_equal(memories[0].view(np.float32, 100), mean(values[0], values[1]))
+
+
+def test_the_table_has_room() -> None:
+    assert t.KERNELS + 2 * t.PER_KIND <= t.WORDS
+    assert d.ARGUMENTS + 10 <= d.WORDS

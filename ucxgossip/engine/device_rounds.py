@@ -1,0 +1,384 @@
+"""One round whose source and target lie on a device, moved by staging: never waits, as `rounds`.
+
+What travels is what travels between hosts: chunks are copied from the device into pinned staging
+memory and put from there into the partner's slot, which is host memory; a chunk that has arrived is
+copied from its slot to the device and mixed there. So credits, signals, checksums and members are
+those of `rounds`, and a partner need not know what this rank computes on.
+
+The device does its work on two streams of ours, and tells by events when it is done. In order:
+
+1. The source's event must have completed: what the training stream had to do before the round.
+2. A chunk leaves: copy to a staging place, event; when that has completed, it is put. The place is
+   free again when its put is (`SENT`).
+3. A chunk comes in: signal, and in place its own copy has left the device; then copy from the slot,
+   kernels, event. When that has completed the chunk counts as `MIXED`, and its slot's credit may
+   go. With a target event (rounds that were held) the stream waits for it first.
+4. All are enqueued: the done event is recorded, and the round is `LAUNCHED`. A stream that waits
+   for that event sees the whole target; no host has to.
+5. Distances and what was left out come to the host behind that, with an event of their own. Then
+   the round ends.
+
+So the host waits, at most, until the partner's chunks have come and are enqueued. A wait on the
+stream for the partner itself (``cuStreamWaitValue32``) was rejected: a partner that dies would hang
+the stream, and whoever waits for it, for ever.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ucxgossip import jit
+from ucxgossip.device import table as t
+from ucxgossip.engine import rounds
+from ucxgossip.engine import words as w
+from ucxgossip.engine.checks import intact
+from ucxgossip.engine.handlers import arrived, place_of, place_offset, position
+from ucxgossip.kernels.cpu import CAME_IN, OWN
+
+# --- words of a mailbox's device side: fixed ---------------------------------------------------
+TABLE = 0  # address of the device's table
+OUT = 1  # address of the pinned staging places that chunks are put from
+OUT_PLACES = 2
+OUT_PARAM = 3  # ucp_request_param_t of puts from there
+OUT_EVENTS = 4  # address of an event a place: its chunk has been copied
+IN = 5  # device address of the places that chunks are copied to
+IN_PLACES = 6
+IN_EVENTS = 7  # address of an event a place: its chunk has been mixed
+RESULTS = 8  # device address of two words a chunk: squared distance, bits of what was not finite
+RESULTS_HERE = 9  # pinned host address where they come to
+ZEROS = 10  # pinned host address of as many zeros
+DONE_EVENT = 11  # the target is whole
+END_EVENT = 12  # the results are here
+
+# --- of the round under way --------------------------------------------------------------------
+SOURCE_EVENT = 13  # what must complete before the source may be read; 0: nothing
+TARGET_EVENT = 14  # what the mix must come after, beyond that; 0: nothing
+ROUND_TURN = 15  # the mailbox's TURN of the round that the words below are about
+SOURCE = 16  # device address
+PHASE = 17
+COPIED = 18  # chunks whose copy to staging memory is enqueued
+LEFT = 19  # chunks whose copy has completed
+ENQUEUED = 20  # chunks whose mix is enqueued
+ARGUMENTS = 24  # of a kernel: five values, then their five addresses
+WORDS = 40
+
+# --- values of PHASE ---------------------------------------------------------------------------
+WAITING = 0  # for the source's event
+MOVING = 1
+LAUNCHED = 2  # the done event is recorded
+ENDED = 3
+
+_VALUES = 5
+
+
+@jit.njit
+def words_of(mailbox: Any) -> Any:
+    """The device side of a mailbox that has one."""
+    return jit.view_words(mailbox[w.DEVICE], WORDS)
+
+
+@jit.njit
+def staged(mailbox: Any) -> bool:
+    """Whether the next chunk to be put is in its staging place (no device: where it always is)."""
+    if mailbox[w.DEVICE] == 0:
+        return True
+    device = words_of(mailbox)
+    return device[ROUND_TURN] == mailbox[w.TURN] and mailbox[w.PUT] < device[LEFT]  # type: ignore[no-any-return]
+
+
+@jit.njit
+def launched(mailbox: Any) -> bool:
+    """Whether all of the round under way is enqueued on the device."""
+    device = words_of(mailbox)
+    return device[ROUND_TURN] == mailbox[w.TURN] and device[PHASE] >= LAUNCHED  # type: ignore[no-any-return]
+
+
+@jit.njit
+def _broken(mailbox: Any, status: int) -> int:
+    """End the round: a call of the device's driver returned `status`."""
+    return rounds._fail(mailbox, w.DEVICE_FAILED - status)
+
+
+@jit.njit
+def _nbytes_of(mailbox: Any, part: int) -> int:
+    return min(mailbox[w.CHUNK], mailbox[w.NBYTES] - part * mailbox[w.CHUNK])  # type: ignore[no-any-return]
+
+
+@jit.njit
+def _event(address: int, place: int) -> int:
+    return jit.view_words(address + 8 * place, 1)[0]  # type: ignore[no-any-return]
+
+
+@jit.njit
+def _begin(mailbox: Any, device: Any, table: Any) -> int:
+    """Start on a round whose source's event has completed; an error, or 0."""
+    device[PHASE] = MOVING
+    if mailbox[w.FROM] < 0 or mailbox[w.OPERATION] == w.COPY:
+        return 0
+    return t.copy(table, device[RESULTS], device[ZEROS], 16 * mailbox[w.PARTS], table[t.IN])
+
+
+@jit.njit
+def _copy_out(mailbox: Any, device: Any, table: Any) -> int:
+    """Enqueue the copy of the next chunk to its staging place if that is free; 1 if it was."""
+    part = device[COPIED]
+    free = part - mailbox[w.SENT] < device[OUT_PLACES]
+    if mailbox[w.TO] < 0 or part == mailbox[w.PARTS] or not free:
+        return 0
+    place = part % device[OUT_PLACES]
+    status = t.copy(
+        table,
+        device[OUT] + place * mailbox[w.CHUNK],
+        device[SOURCE] + part * mailbox[w.CHUNK],
+        _nbytes_of(mailbox, part),
+        table[t.OUT],
+    )
+    if status == 0:
+        status = t.record(table, _event(device[OUT_EVENTS], place), table[t.OUT])
+    if status != 0:
+        return _broken(mailbox, status)
+    device[COPIED] = part + 1
+    return 1
+
+
+@jit.njit
+def _see_left(mailbox: Any, device: Any, table: Any) -> int:
+    """Count the chunks that have come to their staging places; how many did."""
+    moved = 0
+    while device[LEFT] < device[COPIED]:
+        status = t.query(table, _event(device[OUT_EVENTS], device[LEFT] % device[OUT_PLACES]))
+        if status == t.NOT_READY:
+            break
+        if status != 0:
+            return _broken(mailbox, status)
+        device[LEFT] += 1
+        moved += 1
+    return moved
+
+
+@jit.njit
+def _put(engine: Any, mailbox: Any, device: Any) -> int:
+    """Put the next chunk from its staging place; 1."""
+    part = mailbox[w.PUT]
+    staging = device[OUT] + (part % device[OUT_PLACES]) * mailbox[w.CHUNK]
+    # `rounds` finds chunk c of a round at SOURCE + c * CHUNK.
+    mailbox[w.SOURCE] = staging - part * mailbox[w.CHUNK]
+    mailbox[w.SOURCE_PARAM] = device[OUT_PARAM]
+    return rounds._put_next(engine, mailbox)
+
+
+@jit.njit
+def _launch(device: Any, table: Any, kernel: int, nbytes: int) -> int:
+    blocks = min(table[t.BLOCKS], (nbytes + 16 * table[t.THREADS] - 1) // (16 * table[t.THREADS]))
+    arguments = mailbox_arguments(device) + 8 * _VALUES
+    return t.launch(table, kernel, blocks, table[t.IN], arguments)
+
+
+@jit.njit
+def mailbox_arguments(device: Any) -> int:
+    """Address of the values that kernels get; their addresses follow them."""
+    return device[ARGUMENTS + _VALUES]  # type: ignore[no-any-return]
+
+
+@jit.njit
+def _mix(mailbox: Any, floats: Any, device: Any, table: Any, part: int, source: int) -> int:
+    """Enqueue the kernels that mix chunk `part`, which is at `source`; an error, or 0."""
+    nbytes = _nbytes_of(mailbox, part)
+    double = mailbox[w.OPERATION] == w.MIX_FLOAT64
+    device[ARGUMENTS] = mailbox[w.TARGET] + part * mailbox[w.CHUNK]
+    device[ARGUMENTS + 1] = source
+    alpha = mailbox_arguments(device) + 16
+    if double:
+        jit.view_float64(alpha, 1)[0] = floats[w.ALPHA]
+        device[ARGUMENTS + 3] = nbytes // 8
+    else:
+        jit.view_float32(alpha, 1)[0] = np.float32(floats[w.ALPHA])
+        device[ARGUMENTS + 3] = nbytes // 4
+    device[ARGUMENTS + 4] = device[RESULTS] + 16 * part
+    first = t.KERNELS + (t.PER_KIND if double else 0)
+    if mailbox[w.WHOLE] == 0:
+        return _launch(device, table, table[first + t.MIX], nbytes)
+    status = _launch(device, table, table[first + t.GAUGE], nbytes)
+    if status != 0:
+        return status
+    return _launch(device, table, table[first + t.MIX_WHOLE], nbytes)
+
+
+@jit.njit
+def _take_in(mailbox: Any, floats: Any, device: Any, table: Any, part: int, came: int) -> int:
+    """Enqueue all that is done with chunk `part`, in its slot at `came`; an error, or 0."""
+    nbytes, place = _nbytes_of(mailbox, part), part % device[IN_PLACES]
+    if part == 0 and device[TARGET_EVENT] != 0:
+        status = t.wait(table, table[t.IN], device[TARGET_EVENT])
+        if status != 0:
+            return status
+    if mailbox[w.OPERATION] == w.COPY:
+        target = mailbox[w.TARGET] + part * mailbox[w.CHUNK]
+        status = t.copy(table, target, came, nbytes, table[t.IN])
+    else:
+        inside = device[IN] + place * mailbox[w.CHUNK]
+        status = t.copy(table, inside, came, nbytes, table[t.IN])
+        if status == 0:
+            status = _mix(mailbox, floats, device, table, part, inside)
+    if status != 0:
+        return status
+    return t.record(table, _event(device[IN_EVENTS], place), table[t.IN])
+
+
+@jit.njit
+def _take_next(engine: Any, mailbox: Any, floats: Any, device: Any, table: Any) -> int:
+    """Enqueue the mix of the next chunk if it has come and may be mixed; 1 if it was."""
+    part = device[ENQUEUED]
+    if mailbox[w.FROM] < 0 or part == mailbox[w.PARTS]:
+        return 0
+    if jit.load_acquire(mailbox, w.HELD) != 0 or part - mailbox[w.MIXED] == device[IN_PLACES]:
+        return 0
+    if mailbox[w.TO] >= 0 and device[LEFT] <= part and device[SOURCE] == mailbox[w.TARGET]:
+        return 0
+    number = mailbox[w.ROUND]
+    if not arrived(engine, mailbox, number, part):
+        return 0
+    came = mailbox[w.SLOTS] + place_offset(mailbox, place_of(mailbox, number, part))
+    if not intact(engine, mailbox, number, part, came, _nbytes_of(mailbox, part)):
+        return rounds._fail(mailbox, w.CORRUPT)
+    status = _take_in(mailbox, floats, device, table, part, came)
+    if status != 0:
+        return _broken(mailbox, status)
+    device[ENQUEUED] = part + 1
+    return 1
+
+
+@jit.njit
+def _see_mixed(mailbox: Any, device: Any, table: Any) -> int:
+    """Count the chunks that are mixed and out of their slots; how many became so."""
+    moved = 0
+    while mailbox[w.MIXED] < device[ENQUEUED]:
+        status = t.query(table, _event(device[IN_EVENTS], mailbox[w.MIXED] % device[IN_PLACES]))
+        if status == t.NOT_READY:
+            break
+        if status != 0:
+            return _broken(mailbox, status)
+        mailbox[w.MIXED] += 1
+        moved += 1
+    return moved
+
+
+@jit.njit
+def _see_launched(mailbox: Any, device: Any, table: Any) -> int:
+    """Record the done event once nothing is left to enqueue; 1 if it was."""
+    if mailbox[w.TO] >= 0 and device[LEFT] < mailbox[w.PARTS]:
+        return 0
+    if mailbox[w.FROM] >= 0 and device[ENQUEUED] < mailbox[w.PARTS]:
+        return 0
+    status = t.record(table, device[DONE_EVENT], table[t.IN])
+    if status == 0 and mailbox[w.FROM] >= 0 and mailbox[w.OPERATION] != w.COPY:
+        nbytes = 16 * mailbox[w.PARTS]
+        status = t.copy(table, device[RESULTS_HERE], device[RESULTS], nbytes, table[t.IN])
+    if status == 0:
+        status = t.record(table, device[END_EVENT], table[t.IN])
+    if status != 0:
+        return _broken(mailbox, status)
+    jit.store_release(device, PHASE, LAUNCHED)
+    return 1
+
+
+@jit.njit
+def _gather(mailbox: Any, floats: Any, device: Any) -> None:
+    """Add up what the kernels found, chunk by chunk, as `apply` does on the CPU."""
+    if mailbox[w.FROM] < 0 or mailbox[w.OPERATION] == w.COPY:
+        return
+    parts = mailbox[w.PARTS]
+    squares = jit.view_float64(device[RESULTS_HERE], 2 * parts)
+    found = jit.view_words(device[RESULTS_HERE], 2 * parts)
+    for part in range(parts):
+        bits = found[2 * part + 1]
+        mailbox[w.SPOILED] += bits & CAME_IN
+        mailbox[w.OWN_SPOILED] += (bits & OWN) // OWN
+        if bits == 0:
+            floats[w.DISTANCE] += squares[2 * part]
+
+
+@jit.njit
+def _see_end(engine: Any, mailbox: Any, floats: Any, device: Any, table: Any) -> int:
+    """End the round once its results are here and its puts have left; 1 if it did."""
+    if device[PHASE] == LAUNCHED:
+        status = t.query(table, device[END_EVENT])
+        if status == t.NOT_READY:
+            return 0
+        if status != 0:
+            return _broken(mailbox, status)
+        _gather(mailbox, floats, device)
+        device[PHASE] = ENDED
+    return rounds._finish(engine, mailbox)
+
+
+@jit.njit
+def _step(engine: Any, mailbox: Any, floats: Any, device: Any, table: Any, turn: bool) -> int:
+    if device[PHASE] == WAITING:
+        if device[SOURCE_EVENT] != 0:
+            status = t.query(table, device[SOURCE_EVENT])
+            if status == t.NOT_READY:
+                return 0
+            if status != 0:
+                return _broken(mailbox, status)
+        status = _begin(mailbox, device, table)
+        if status != 0:
+            return _broken(mailbox, status)
+    moved = _see_left(mailbox, device, table)
+    if turn and mailbox[w.STATE] != w.FAILED:
+        moved += _put(engine, mailbox, device)
+    if mailbox[w.STATE] != w.FAILED:
+        moved += rounds._reap(mailbox)
+    if mailbox[w.STATE] != w.FAILED:
+        moved += _copy_out(mailbox, device, table)
+    if mailbox[w.STATE] != w.FAILED:
+        moved += _take_next(engine, mailbox, floats, device, table)
+    if mailbox[w.STATE] != w.FAILED:
+        moved += _see_mixed(mailbox, device, table)
+    if mailbox[w.STATE] != w.FAILED and device[PHASE] == MOVING:
+        moved += _see_launched(mailbox, device, table)
+    if mailbox[w.STATE] != w.FAILED and device[PHASE] >= LAUNCHED:
+        moved += _see_end(engine, mailbox, floats, device, table)
+    return moved
+
+
+@jit.njit
+def _awaits_device(mailbox: Any, device: Any) -> bool:
+    """Whether the device has something to do for this round, of whose end nobody is woken."""
+    return (  # type: ignore[no-any-return]
+        device[PHASE] == WAITING
+        or device[PHASE] == LAUNCHED
+        or device[LEFT] < device[COPIED]
+        or mailbox[w.MIXED] < device[ENQUEUED]
+    )
+
+
+@jit.njit
+def advance_device(engine: Any, mailbox: Any, floats: Any, turn: bool) -> int:
+    """Move the active round of a mailbox on a device as far as it goes now; as `rounds.advance`.
+
+    turn: whether it may put a chunk now, where `may_put` and `staged` said so.
+    """
+    device = words_of(mailbox)
+    if device[ROUND_TURN] != mailbox[w.TURN]:
+        device[SOURCE] = mailbox[w.SOURCE]
+        device[COPIED] = device[LEFT] = device[ENQUEUED] = 0
+        device[PHASE] = WAITING
+        jit.store_release(device, ROUND_TURN, mailbox[w.TURN])
+    if mailbox[w.FROM] >= 0:
+        number = mailbox[w.ROUND]
+        mixed = position(mailbox, number, mailbox[w.MIXED])
+        status = rounds._grant_for(engine, mailbox, mailbox[w.FROM], number, mixed)
+        if status < 0:
+            return rounds._fail(mailbox, status)
+    table = jit.view_words(device[TABLE], t.WORDS)
+    status = t.push(table)
+    if status != 0:
+        return _broken(mailbox, status)
+    moved = _step(engine, mailbox, floats, device, table, turn)
+    t.pop(table)
+    if mailbox[w.STATE] == w.ACTIVE and _awaits_device(mailbox, device):
+        engine[w.NAPS] = 1
+    return moved

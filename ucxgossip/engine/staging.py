@@ -1,0 +1,135 @@
+"""The device side of a mailbox: staging memory, events, and the words that `device_rounds` reads.
+
+Slots stay in host memory, pinned where the device can do that, so that its own engine copies from
+them; where it cannot, copies are correct but block, and that is said once. Staging places are few:
+a chunk stays in one only until its put has left.
+
+Untested on hardware.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+
+import numpy as np
+
+from ucxgossip.device import Device
+from ucxgossip.engine import device_rounds as d
+from ucxgossip.mailbox import Mailbox
+from ucxgossip.ucp.context import Context
+from ucxgossip.ucp.memory import MemoryRegion
+
+PLACES = 4
+"""Chunks that stand in staging memory at a time, each way. Not tuned."""
+
+_PAGE = mmap.PAGESIZE
+_log = logging.getLogger("ucxgossip")
+
+
+class Staging:
+    """What mailbox `mailbox` needs to exchange memory of `device`. Made by `Engine.equip`."""
+
+    def __init__(self, context: Context, mailbox: Mailbox, device: Device) -> None:
+        layout = mailbox.layout
+        self.device, self.mailbox = device, mailbox
+        places = min(PLACES, layout.chunks)
+        self.words = np.zeros(d.WORDS, np.int64)
+        self._pinned: list[int] = []
+        self._slots = 0
+        self._events = [device.event() for _ in range(2 * places + 4)]
+        out, came = (np.array(self._events[i * places : (i + 1) * places]) for i in range(2))
+        self._kept = (out, came)
+        self.source_event, self.target_event, self.done_event, end_event = self._events[-4:]
+        host = _pages(places * layout.chunk)
+        self._pin(host.ctypes.data, host.nbytes)
+        self.region = MemoryRegion(context, array=host)
+        self._results = _pages(2 * 16 * layout.chunks)  # and as many zeros behind them
+        self._pin(self._results.ctypes.data, self._results.nbytes)
+        self._inside = device.allocate(places * layout.chunk)
+        self._found = device.allocate(16 * layout.chunks)
+        words = self.words
+        words[d.TABLE] = device.table.ctypes.data
+        words[d.OUT], words[d.OUT_PLACES] = self.region.address, places
+        words[d.OUT_PARAM] = self.region.param_address
+        words[d.OUT_EVENTS], words[d.IN_EVENTS] = out.ctypes.data, came.ctypes.data
+        words[d.IN], words[d.IN_PLACES] = self._inside.address, places
+        words[d.RESULTS] = self._found.address
+        words[d.RESULTS_HERE] = self._results.ctypes.data
+        words[d.ZEROS] = self._results.ctypes.data + 16 * layout.chunks
+        words[d.DONE_EVENT], words[d.END_EVENT] = self.done_event, end_event
+        words[d.ROUND_TURN] = -1
+        for i in range(5):
+            words[d.ARGUMENTS + 5 + i] = words.ctypes.data + 8 * (d.ARGUMENTS + i)
+        self.follow()
+
+    def _pin(self, address: int, nbytes: int) -> bool:
+        if self.device.pin(address, nbytes):
+            self._pinned.append(address)
+            return True
+        _log.warning(
+            "%s: %d bytes of host memory cannot be pinned, so that copies from and to it block",
+            self.device.name,
+            nbytes,
+        )
+        return False
+
+    def follow(self) -> None:
+        """Pin the mailbox's region, which may have moved since the last call."""
+        region = self.mailbox.region
+        if self._slots:
+            self._pinned.remove(self._slots)
+            self.device.unpin(self._slots)
+            self._slots = 0
+        start = region.address // _PAGE * _PAGE
+        nbytes = -(-(region.address + region.nbytes - start) // _PAGE) * _PAGE
+        if self._pin(start, nbytes):
+            self._slots = start
+
+    # --- a round -------------------------------------------------------------------------------
+
+    def ready(self) -> None:
+        """The next round's source is whole once the current stream's work until now is done."""
+        self.device.record(self.source_event, self.device.current_stream())
+        self.words[d.SOURCE_EVENT] = self.source_event
+        self.words[d.TARGET_EVENT] = 0
+
+    def unheld(self) -> None:
+        """What is mixed from now on in this round comes after the current stream's work."""
+        self.device.record(self.target_event, self.device.current_stream())
+        self.words[d.TARGET_EVENT] = self.target_event
+
+    @property
+    def waits_for_source(self) -> bool:
+        """Whether the round under way has not begun, since its source is not written yet."""
+        return bool(self.words[d.PHASE] == d.WAITING)
+
+    def join_stream(self) -> int:
+        """Let the current stream wait for the launched round's mixes; that stream.
+
+        The caller's thread does not wait.
+        """
+        stream = self.device.current_stream()
+        self.device.wait(stream, self.done_event)
+        return stream
+
+    # --- the end -------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Give everything back; the device has settled. Further calls do nothing."""
+        for event in self._events:
+            self.device.drop_event(event)
+        self._events.clear()
+        self.region.close()
+        for address in self._pinned:
+            self.device.unpin(address)
+        self._pinned.clear()
+        self._slots = 0
+
+
+def _pages(nbytes: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    """Zeroed host memory on pages of its own, since pages are what is pinned."""
+    size = -(-nbytes // _PAGE) * _PAGE
+    raw = np.zeros(size + _PAGE, np.uint8)
+    start = -raw.ctypes.data % _PAGE
+    return raw[start : start + size]
