@@ -245,6 +245,9 @@ class FakeDevice:
     def current_stream(self) -> int:
         return HOST
 
+    def error_name(self, status: int) -> str:
+        return f"FAKE_ERROR_{status}"
+
     def allocate(self, nbytes: int) -> FakeMemory:
         memory = FakeMemory(nbytes)
         self.memories.append(memory)

@@ -200,21 +200,25 @@ class Posting(Partners):
             mailbox.ahead.clear()
             mailbox.itinerary = Itinerary(asked, first, self.epoch, parts, ahead, what, kept)
 
-    def wait(self, mailbox: Mailbox, timeout: float | None = None) -> bool:
+    def wait(
+        self, mailbox: Mailbox, timeout: float | None = None, launched: bool = False
+    ) -> bool:
         """Block until the mailbox's round has ended; drives the engine meanwhile.
 
+        launched: until all of it is enqueued on the mailbox's device (`Staging`), or it has ended.
         Whether it ended whole. False: the members have changed, and it was broken off or left out;
         of the target, whole chunks were mixed or none.
         Raises `ExchangeTimeoutError` after `timeout` seconds (the group's by default), `PeerError`
         when another rank left with an error, `UCXError` when a put failed between living ranks,
-        `IntegrityError` when a chunk was not what its checksum says.
+        `IntegrityError` when a chunk was not what its checksum says, `DeviceError` when the device
+        failed.
         """
         self._check_usable()
         if mailbox.alone:
             return False
         limit = self.timeout if timeout is None else timeout
         start = time.monotonic()
-        while not self.engine.wait(mailbox, min(_SLICE, limit)):
+        while not self.engine.wait(mailbox, min(_SLICE, limit), launched):
             waited = time.monotonic() - start
             self._check_usable()
             if waited >= limit:
@@ -228,13 +232,15 @@ class Posting(Partners):
             to, sender = int(row[w.TO]), int(row[w.FROM])
             if status == w.CORRUPT:
                 self.fail_corrupt(mailbox, sender, int(row[w.ROUND]), int(row[w.MIXED]))
+            if status <= w.DEVICE_FAILED:
+                self._fail(self.engine.device_error(mailbox))
             where = (
                 f"round {int(row[w.ROUND])} of rank {self.rank}, with ranks {to} (to) and {sender} "
                 "(from)"
             )
             error = UCXError(ops.PUT, status, status_name(status), where)
             self._doubt((to, sender), epoch, error)
-        return bool(state == w.DONE)
+        return bool(state == w.DONE or (launched and state == w.ACTIVE))
 
     def fail_corrupt(self, mailbox: Mailbox, sender: int, number: int, chunk: int) -> NoReturn:
         """Break off: `chunk` of round `number`, put by `sender`, is not what its checksum says."""

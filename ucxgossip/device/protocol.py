@@ -41,6 +41,9 @@ class Device(Protocol):
     def current_stream(self) -> int:
         """The stream on which the caller's thread computes."""
 
+    def error_name(self, status: int) -> str:
+        """What the device's driver calls an error that a function of the table returned."""
+
     def allocate(self, nbytes: int) -> DeviceMemory:
         """Zeroed plain memory that lives as long as somebody holds it."""
 

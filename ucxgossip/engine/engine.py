@@ -21,7 +21,7 @@ from ucxgossip.engine import drive, handlers, itinerary, rounds
 from ucxgossip.engine import words as w
 from ucxgossip.engine.post import Post
 from ucxgossip.engine.staging import Staging
-from ucxgossip.errors import ArgumentError, ExchangeError, ExchangeTimeoutError
+from ucxgossip.errors import ArgumentError, DeviceError, ExchangeError, ExchangeTimeoutError
 from ucxgossip.kernels.cpu import mix
 from ucxgossip.mailbox import Mailbox
 from ucxgossip.ucp import abi, ops
@@ -268,6 +268,13 @@ class Engine:
             self.stagings[mailbox.index] = staging
             self.table[mailbox.index, w.DEVICE] = staging.words.ctypes.data
         return staging
+
+    def device_error(self, mailbox: Mailbox) -> DeviceError:
+        """The error that says what the device returned in this mailbox's failed round."""
+        row, device = self.table[mailbox.index], self.stagings[mailbox.index].device
+        status = w.DEVICE_FAILED - int(row[w.FAILURE])
+        where = f"{device.name}, round {int(row[w.ROUND])} of mailbox {mailbox.index}"
+        return DeviceError("a call of the engine", status, device.error_name(status), where)
 
     def _settle_devices(self) -> None:
         """Wait until no device works for a round any more, for a limited time."""

@@ -1,0 +1,264 @@
+"""device.cuda, driver and admission with a stand-in for libcuda: the calls, their order, errors.
+
+What a driver does is for the tests marked `gpu` (test_gpu.py).
+"""
+
+import ctypes
+import gc
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from ucxgossip.device import admission, cuda
+from ucxgossip.device import driver as driver_module
+from ucxgossip.device import table as t
+from ucxgossip.device.driver import Driver
+from ucxgossip.errors import (
+    ArrayError,
+    CudaVersionError,
+    DeviceError,
+    MissingExtraError,
+    NoDeviceError,
+)
+from ucxgossip.kernels.cuda_whole import KINDS, names
+
+
+def load(name: str) -> ModuleType:
+    """Test modules are not importable by name (``--import-mode=importlib``)."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+fake = load("fake_driver")
+STREAM = 0x55
+NUMBERS = {name: 900 + i for i, name in enumerate(n for kind in KINDS for n in names(kind))}
+
+
+@pytest.fixture
+def library() -> Any:
+    return fake.FakeLibrary()
+
+
+@pytest.fixture
+def device(library: Any) -> Any:
+    made = cuda.CudaDevice(1, lambda: STREAM, Driver(library), lambda ordinal: NUMBERS)
+    yield made
+    assert library.contexts == [], "contexts pushed and not popped"
+
+
+# --- the device --------------------------------------------------------------------------------
+
+
+def test_the_table(device: Any, library: Any) -> None:
+    table = device.table
+    assert device.name == "cuda:1"
+    assert table[t.CONTEXT] == fake.CONTEXT + 1
+    assert table[t.OUT] != table[t.IN] and {table[t.OUT], table[t.IN]} <= library.live
+    assert (table[t.THREADS], table[t.BLOCKS]) == (256, 24)
+    assert list(table[t.KERNELS : t.KERNELS + 6]) == sorted(NUMBERS.values())
+
+
+def test_compiled_code_calls_the_driver(device: Any, library: Any) -> None:
+    table, event = device.table, device.event()
+    source, to = np.arange(8.0), np.zeros(8)
+    arguments = np.zeros(1, np.int64)
+    library.calls.clear()
+    assert t.push(table) == 0
+    assert t.copy(table, to.ctypes.data, source.ctypes.data, 64, int(table[t.IN])) == 0
+    assert t.record(table, event, int(table[t.IN])) == 0
+    assert t.wait(table, STREAM, event) == 0
+    assert t.query(table, event) == t.NOT_READY
+    assert t.query(table, event) == 0
+    assert t.launch(table, 901, 7, int(table[t.IN]), arguments.ctypes.data) == 0
+    assert t.pop(table) == 0
+    assert np.array_equal(source, to)
+    found = dict(library.calls)
+    assert found["cuStreamWaitEvent"] == (STREAM, event, 0)
+    shape = (901, 7, 1, 1, 256, 1, 1, 0)
+    assert found["cuLaunchKernel"] == (*shape, table[t.IN], arguments.ctypes.data, 0)
+    device.drop_event(event)
+
+
+def test_memory_is_zeroed_viewed_and_freed(device: Any, library: Any) -> None:
+    memory = device.allocate(64)
+    view = memory.view(np.dtype(np.float32), 16)
+    interface = view.__cuda_array_interface__
+    assert interface["data"] == (memory.address, False)
+    assert (interface["shape"], interface["typestr"]) == ((16,), "<f4")
+    assert bytes((ctypes.c_uint8 * 64).from_address(memory.address)) == bytes(64)
+    address = memory.address
+    del memory
+    gc.collect()
+    assert address in library.memory  # the view keeps it
+    del view
+    gc.collect()
+    assert address not in library.memory
+
+
+def test_memory_that_cannot_be_registered_is_no_arena(device: Any, library: Any) -> None:
+    library.attributes[driver_module.POINTER_LEGACY_IPC] = 0
+    with pytest.raises(ArrayError, match="legacy CUDA IPC"):
+        device.allocate(64)
+    gc.collect()
+    assert library.memory == {}
+
+
+def test_too_little_memory(device: Any, library: Any) -> None:
+    library.fails["cuMemAlloc_v2"] = 2
+    with pytest.raises(DeviceError, match=r"cuMemAlloc_v2: CUDA_ERROR_OUT_OF_MEMORY \(2\): 64"):
+        device.allocate(64)
+
+
+def test_reads_and_writes_go_by_the_current_stream(device: Any, library: Any) -> None:
+    memory, values = device.allocate(64), np.arange(16, dtype=np.float32)
+    library.calls.clear()
+    device.write(memory.address, values)
+    found = np.zeros_like(values)
+    device.read(memory.address, found)
+    assert np.array_equal(found, values)
+    copies = [arguments for name, arguments in library.calls if name == "cuMemcpyAsync"]
+    assert {arguments[3] for arguments in copies} == {STREAM}
+    assert library.names().count("cuEventQuery") == 4  # until they have ended
+
+
+def test_pinning(device: Any, library: Any) -> None:
+    assert device.pin(4096, 8192)
+    device.unpin(4096)
+    library.fails["cuMemHostRegister_v2"] = 712
+    assert not device.pin(4096, 8192)
+    found = [each for each in library.calls if "Host" in each[0]]
+    assert found[:2] == [
+        ("cuMemHostRegister_v2", (4096, 8192, 1)),
+        ("cuMemHostUnregister", (4096,)),
+    ]
+
+
+def test_settling(device: Any, library: Any) -> None:
+    before = set(library.live)
+    assert device.settle(5.0)
+    assert library.live == before
+    library.fails["cuEventQuery"] = 600
+    assert not device.settle(0.01)
+    library.fails["cuEventQuery"] = 719
+    assert device.settle(5.0)
+    assert library.live == before
+
+
+def test_a_device_that_is_not_there(library: Any) -> None:
+    with pytest.raises(NoDeviceError, match="there is no cuda:2: 2 CUDA devices"):
+        cuda.CudaDevice(2, lambda: 0, Driver(library), lambda ordinal: NUMBERS)
+
+
+# --- the driver --------------------------------------------------------------------------------
+
+
+def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver_module.load.cache_clear()
+    monkeypatch.setattr(driver_module, "LIBRARY", "libcuda.so.not-here")
+    with pytest.raises(NoDeviceError, match="libcuda.so.not-here cannot be loaded"):
+        driver_module.load()
+
+
+def test_a_driver_without_a_device(library: Any) -> None:
+    library.fails["cuInit"] = 100
+    with pytest.raises(NoDeviceError, match="CUDA_ERROR_NO_DEVICE"):
+        Driver(library)
+
+
+def test_a_driver_that_is_too_old(library: Any) -> None:
+    del library.cuStreamCreateWithPriority
+    with pytest.raises(NoDeviceError, match="no function cuStreamCreateWithPriority"):
+        Driver(library)
+
+
+def test_what_the_driver_says(library: Any) -> None:
+    found = Driver(library)
+    assert found.version == (12, 8) and found.count() == 2
+    assert found.name(0) == "Stand-in"
+    assert found.error_name(600) == "CUDA_ERROR_NOT_READY"
+    assert found.error_name(12345) == "unknown error"
+
+
+# --- admission ---------------------------------------------------------------------------------
+
+
+def installed(*packages: str) -> Any:
+    """Only these of the wheels and CuPy are installed."""
+    return mock.patch.multiple(
+        admission,
+        _installed=lambda name: name in packages,
+        util=mock.Mock(find_spec=lambda name: object() if name in packages else None),
+    )
+
+
+def test_all_is_there(library: Any) -> None:
+    with installed("libucx-cu12", "cupy"):
+        admission.check_installed(Driver(library), "wheel")
+
+
+def test_no_cupy(library: Any) -> None:
+    with (
+        installed("libucx-cu12"),
+        pytest.raises(MissingExtraError, match=r"pip install 'ucxgossip\[cu12\]'"),
+    ):
+        admission.check_installed(Driver(library), "wheel")
+
+
+def test_a_wheel_for_a_newer_cuda(library: Any) -> None:
+    with (
+        installed("libucx-cu13", "cupy"),
+        pytest.raises(CudaVersionError, match=r"CUDA 13, but .* serves CUDA 12\.8.*\[cu12\]"),
+    ):
+        admission.check_installed(Driver(library), "wheel")
+
+
+@pytest.mark.parametrize(
+    ("version", "origin", "wheel"),
+    [(13000, "wheel", "libucx-cu13"), (13000, "wheel", "libucx-cu12"), (12080, "system", "cu13")],
+)
+def test_wheels_that_fit(version: int, origin: str, wheel: str) -> None:
+    with installed(wheel, "cupy"):
+        admission.check_installed(Driver(fake.FakeLibrary(version)), origin)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments: True"}, "expandable_segments:False"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}, "backend:native"),
+        ({}, "backend:native,expandable_segments:False"),
+    ],
+)
+def test_memory_without_ipc(library: Any, environment: dict[str, str], said: str) -> None:
+    library.attributes[driver_module.POINTER_LEGACY_IPC] = 0
+    with pytest.raises(ArrayError, match=said) as raised:
+        admission.check_memory(Driver(library), 64, environment)
+    for variable in environment:
+        assert variable in str(raised.value)
+
+
+def test_managed_and_host_memory(library: Any) -> None:
+    library.attributes[driver_module.POINTER_IS_MANAGED] = 1
+    with pytest.raises(ArrayError, match="managed memory"):
+        admission.check_memory(Driver(library), 64)
+    library.attributes[driver_module.POINTER_MEMORY_TYPE] = 1
+    with pytest.raises(ArrayError, match="no device memory"):
+        admission.check_memory(Driver(library), 64)
+
+
+def test_one_device_for_all_who_open_it(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "_devices", {})
+    monkeypatch.setattr(cuda.CudaDevice.__init__, "__defaults__", (None, lambda _: NUMBERS))
+    with installed("cupy"):
+        first = cuda.open_device(0, lambda: STREAM, "wheel", Driver(library))
+        assert cuda.open_device(0, lambda: STREAM, "wheel") is first

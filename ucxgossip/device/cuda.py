@@ -1,0 +1,271 @@
+"""A CUDA device: plain memory, events, two streams of our own, and the kernels of the engine.
+
+It works in the device's primary context, which is torch's and CuPy's too, and pushes it for each
+call, so that the caller's current device stays what it was. The streams do not synchronise with
+the default stream, and have the highest priority: a mix is short, and somebody waits for it.
+
+The arena of a bucket is ``cuMemAlloc`` memory: it lives as long as the bucket and can be handed to
+other processes, unlike what torch's caching allocator may give.
+
+Untested on hardware: proved are the calls it makes, with a stand-in for the driver, and the engine
+over a device of the same table (tests/test_device_cuda.py, tests/test_device_rounds.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ucxgossip.device import driver as cuda
+from ucxgossip.device import table as t
+from ucxgossip.device.admission import check_installed, check_memory
+from ucxgossip.device.driver import Driver
+from ucxgossip.errors import DeviceError, NoDeviceError
+from ucxgossip.kernels.cuda_source import THREADS
+from ucxgossip.kernels.cuda_whole import KINDS, WHOLE_SOURCE, names
+
+_BLOCKS_EACH = 8
+"""Blocks a multiprocessor, as `kernels.cupy_mix` has it."""
+
+_COPY_S = 60.0
+_DEFAULT_STREAM = 0
+
+Loader = Callable[[int], dict[str, int]]
+
+
+def compile_kernels(ordinal: int) -> dict[str, int]:
+    """The engine's kernels on device `ordinal`, by name: ``CUfunction`` handles.
+
+    Compiled by NVRTC through CuPy, which caches them on disk and keeps them loaded.
+    """
+    import cupy
+
+    with cupy.cuda.Device(ordinal):
+        module = cupy.RawModule(code=WHOLE_SOURCE, options=("--std=c++17",))
+        _modules.append(module)
+        return {
+            name: int(module.get_function(name).kernel.ptr)
+            for kind in KINDS
+            for name in names(kind)
+        }
+
+
+_modules: list[Any] = []
+"""Kernels stay loaded as long as the process: the engine has their handles."""
+
+
+class CudaMemory:
+    """Plain device memory (`ucxgossip.device.DeviceMemory`)."""
+
+    def __init__(self, driver: Driver, context: int, nbytes: int) -> None:
+        with driver.current(context):
+            self.address = driver.word("cuMemAlloc_v2", nbytes, detail=f"{nbytes} bytes")
+            # At the interpreter's exit the driver may be gone before us.
+            weakref.finalize(self, _free, driver, context, self.address).atexit = False
+        self.nbytes = nbytes
+
+    def view(self, dtype: np.dtype[Any], count: int) -> object:
+        """`count` elements as something with ``__cuda_array_interface__`` (version 3)."""
+        return _View(self, np.dtype(dtype), count)
+
+
+class _View:
+    def __init__(self, memory: CudaMemory, dtype: np.dtype[Any], count: int) -> None:
+        self._memory = memory
+        self.__cuda_array_interface__ = {
+            "shape": (count,),
+            "typestr": dtype.str,
+            "data": (memory.address, False),
+            "version": 3,
+        }
+
+
+def _free(driver: Driver, context: int, address: int) -> None:
+    with driver.current(context):
+        driver.functions["cuMemFree_v2"](address)
+
+
+class CudaDevice:
+    """`ucxgossip.device.Device` number `ordinal`, of those that the process sees.
+
+    current_stream: gives the handle of the stream on which the calling thread computes. load:
+    compiles the kernels.
+    """
+
+    def __init__(
+        self,
+        ordinal: int,
+        current_stream: Callable[[], int],
+        driver: Driver | None = None,
+        load: Loader = compile_kernels,
+    ) -> None:
+        self.driver, self.ordinal = driver or cuda.load(), ordinal
+        self.name = f"cuda:{ordinal}"
+        self.current_stream = current_stream
+        count = self.driver.count()
+        if not 0 <= ordinal < count:
+            raise NoDeviceError(
+                f"there is no {self.name}: {count} CUDA devices are visible (CUDA_VISIBLE_DEVICES?)"
+            )
+        self._device = self.driver.number("cuDeviceGet", ordinal)
+        self.context = self.driver.word("cuDevicePrimaryCtxRetain", self._device)
+        self._scratch = np.zeros(1, np.int64)
+        self.table = np.zeros(t.WORDS, np.int64)
+        self._fill(load)
+
+    def _fill(self, load: Loader) -> None:
+        call, table = self.driver, self.table
+        for word, name in (
+            (t.PUSH, "cuCtxPushCurrent_v2"),
+            (t.POP, "cuCtxPopCurrent_v2"),
+            (t.QUERY, "cuEventQuery"),
+            (t.RECORD, "cuEventRecord"),
+            (t.WAIT, "cuStreamWaitEvent"),
+            (t.COPY, "cuMemcpyAsync"),
+            (t.LAUNCH, "cuLaunchKernel"),
+        ):
+            table[word] = call.address(name)
+        least, most = ctypes.c_int(), ctypes.c_int()
+        with call.current(self.context):
+            call.call(
+                "cuCtxGetStreamPriorityRange", ctypes.addressof(least), ctypes.addressof(most)
+            )
+            for word in (t.OUT, t.IN):
+                flags = cuda.STREAM_NON_BLOCKING
+                table[word] = call.word("cuStreamCreateWithPriority", flags, most.value)
+            kernels = load(self.ordinal)
+        for kind, each in enumerate(KINDS):
+            first = t.KERNELS + t.PER_KIND * kind
+            table[first : first + t.PER_KIND] = [kernels[name] for name in names(each)]
+        processors = call.number("cuDeviceGetAttribute", cuda.MULTIPROCESSOR_COUNT, self._device)
+        table[t.CONTEXT], table[t.SCRATCH] = self.context, self._scratch.ctypes.data
+        table[t.THREADS], table[t.BLOCKS] = THREADS, _BLOCKS_EACH * processors
+
+    def error_name(self, status: int) -> str:
+        """``"CUDA_ERROR_LAUNCH_FAILED"`` for 719."""
+        return self.driver.error_name(status)
+
+    # --- memory --------------------------------------------------------------------------------
+
+    def allocate(self, nbytes: int) -> CudaMemory:
+        """Zeroed memory that other processes could map; `DeviceError` where there is too little."""
+        memory = CudaMemory(self.driver, self.context, nbytes)
+        check_memory(self.driver, memory.address)
+        event = self.event()
+        try:
+            with self.driver.current(self.context):
+                self.driver.call("cuMemsetD8_v2", memory.address, 0, nbytes)
+                self.driver.call("cuEventRecord", event, _DEFAULT_STREAM)
+                self._await(event, f"filling {nbytes} bytes")  # streams of ours do not wait for it
+        finally:
+            self.drop_event(event)
+        return memory
+
+    def pin(self, address: int, nbytes: int) -> bool:
+        """``cuMemHostRegister`` of whole pages; False where the driver refuses."""
+        with self.driver.current(self.context):
+            register = self.driver.functions["cuMemHostRegister_v2"]
+            return bool(register(address, nbytes, cuda.HOST_REGISTER_PORTABLE) == 0)
+
+    def unpin(self, address: int) -> None:
+        """``cuMemHostUnregister``."""
+        with self.driver.current(self.context):
+            self.driver.functions["cuMemHostUnregister"](address)
+
+    def read(self, address: int, into: NDArray[Any]) -> None:
+        """Fill a contiguous host array from device memory, after the current stream's work."""
+        self._copy(into.ctypes.data, address, into.nbytes)
+
+    def write(self, address: int, values: NDArray[Any]) -> None:
+        """Fill device memory from a contiguous host array, after the current stream's work."""
+        self._copy(address, values.ctypes.data, values.nbytes)
+
+    def _copy(self, to: int, source: int, nbytes: int) -> None:
+        stream, event = self.current_stream(), self.event()
+        try:
+            with self.driver.current(self.context):
+                self.driver.call("cuMemcpyAsync", to, source, nbytes, stream)
+                self.driver.call("cuEventRecord", event, stream)
+                self._await(event, f"a copy of {nbytes} bytes")
+        finally:
+            self.drop_event(event)
+
+    # --- events and streams --------------------------------------------------------------------
+
+    def event(self) -> int:
+        """``cuEventCreate``, without a clock."""
+        with self.driver.current(self.context):
+            return self.driver.word("cuEventCreate", cuda.EVENT_DISABLE_TIMING)
+
+    def drop_event(self, event: int) -> None:
+        """``cuEventDestroy``: the driver keeps it as long as a stream needs it."""
+        with self.driver.current(self.context):
+            self.driver.functions["cuEventDestroy_v2"](event)
+
+    def record(self, event: int, stream: int) -> None:
+        """``cuEventRecord``."""
+        with self.driver.current(self.context):
+            self.driver.call("cuEventRecord", event, stream)
+
+    def wait(self, stream: int, event: int) -> None:
+        """``cuStreamWaitEvent``."""
+        with self.driver.current(self.context):
+            self.driver.call("cuStreamWaitEvent", stream, event, 0)
+
+    def settle(self, timeout: float) -> bool:
+        """Wait until the engine's two streams hold nothing; False after `timeout` seconds."""
+        events = [self.event() for _ in range(2)]
+        try:
+            with self.driver.current(self.context):
+                for event, stream in zip(events, (t.OUT, t.IN), strict=True):
+                    self.driver.call("cuEventRecord", event, int(self.table[stream]))
+                deadline = time.monotonic() + timeout
+                return all(self._completes(e, deadline - time.monotonic()) for e in events)
+        except DeviceError:  # a device that has failed does nothing any more
+            return True
+        finally:
+            for event in events:
+                self.drop_event(event)
+
+    def _await(self, event: int, what: str) -> None:
+        if not self._completes(event, _COPY_S):
+            raise DeviceError(
+                *("cuEventQuery", t.NOT_READY, self.driver.error_name(t.NOT_READY)),
+                f"{what} did not end within {_COPY_S:g} s",
+            )
+
+    def _completes(self, event: int, timeout: float) -> bool:
+        deadline = time.monotonic() + timeout
+        while True:
+            status = self.driver.functions["cuEventQuery"](event)
+            if status == 0:
+                return True
+            if status != t.NOT_READY:
+                raise DeviceError("cuEventQuery", status, self.driver.error_name(status))
+            if time.monotonic() > deadline:
+                return False
+            os.sched_yield()
+
+
+def open_device(
+    ordinal: int, current_stream: Callable[[], int], ucx_origin: str, driver: Driver | None = None
+) -> CudaDevice:
+    """Device `ordinal` after all that `admission` asks for; the same one for each call.
+
+    `NoDeviceError`, `MissingExtraError`, `CudaVersionError`. Untested on hardware.
+    """
+    if ordinal not in _devices:
+        driver = driver or cuda.load()
+        check_installed(driver, ucx_origin)
+        _devices[ordinal] = CudaDevice(ordinal, current_stream, driver)
+    return _devices[ordinal]
+
+
+_devices: dict[int, CudaDevice] = {}
