@@ -81,6 +81,7 @@ class FakeDevice:
         self.log: list[str] = []
         self.memories: list[FakeMemory] = []
         self.pinned: dict[int, int] = {}
+        self.stalled: set[int] = set()  # streams on which a query lets nothing happen
         self.depth = 0  # pushes without a pop
         self.live: set[int] = set()  # events
         self._last_event = 5000
@@ -146,7 +147,7 @@ class FakeDevice:
     def _query(self, event: int) -> int:
         assert event in self.recorded
         for _ in range(self.pace):
-            self._tick()
+            self._tick(tuple(each for each in STREAMS if each not in self.stalled))
         return 0 if self._completed(event) else t.NOT_READY
 
     def _record(self, event: int, stream: int) -> int:

@@ -371,6 +371,9 @@ def test_launched_is_waited_for(make: Callable[..., DevicePair]) -> None:
     both.pair.settle(0)
     assert engine.wait(box, engines.DEADLINE_S, launched=True)
     assert engine.active(box) and not engine.wait(box, 0.01)
+    assert engine.launched(box)
+    error = engine.describe_wait(box, 1.0)
+    assert (error.rank, error.what) == (0, "to mix on fake:0 what has come")
     both.device.pace = 1
     assert engine.wait(box, engines.DEADLINE_S)
 

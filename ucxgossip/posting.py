@@ -200,9 +200,7 @@ class Posting(Partners):
             mailbox.ahead.clear()
             mailbox.itinerary = Itinerary(asked, first, self.epoch, parts, ahead, what, kept)
 
-    def wait(
-        self, mailbox: Mailbox, timeout: float | None = None, launched: bool = False
-    ) -> bool:
+    def wait(self, mailbox: Mailbox, timeout: float | None = None, launched: bool = False) -> bool:
         """Block until the mailbox's round has ended; drives the engine meanwhile.
 
         launched: until all of it is enqueued on the mailbox's device (`Staging`), or it has ended.

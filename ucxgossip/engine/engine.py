@@ -355,6 +355,12 @@ class Engine:
         """Whether a round of `mailbox` is under way."""
         return bool(self.table.item(mailbox.index, w.STATE) == w.ACTIVE)
 
+    def launched(self, mailbox: Mailbox) -> bool:
+        """Whether nothing of the last round of `mailbox` is left to be enqueued on its device."""
+        return not self.active(mailbox) or self.stagings[mailbox.index].launched(
+            self.table.item(mailbox.index, w.TURN)
+        )
+
     def target_of(self, mailbox: Mailbox) -> int:
         """The rank to which the mailbox's last round goes, -1 for none."""
         return int(self.table[mailbox.index, w.TO])
@@ -439,6 +445,8 @@ class Engine:
         staging = self.stagings.get(mailbox.index)
         if staging is not None and staging.waits_for_source:
             rank, what = self.rank, f"to compute on {staging.device.name} what it sends"
+        elif staging is not None and staging.launched(int(row[w.TURN])):
+            rank, what = self.rank, f"to mix on {staging.device.name} what has come"
         elif to >= 0 and put < parts and self._unopened(mailbox, row):
             rank, what = to, "to free its slot (it is at an earlier round)"
             if put:

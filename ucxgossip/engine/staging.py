@@ -99,6 +99,10 @@ class Staging:
         self.device.record(self.target_event, self.device.current_stream())
         self.words[d.TARGET_EVENT] = self.target_event
 
+    def launched(self, turn: int) -> bool:
+        """Whether all of the round that was posted as `turn` is enqueued."""
+        return bool(self.words[d.ROUND_TURN] == turn and self.words[d.PHASE] >= d.LAUNCHED)
+
     @property
     def waits_for_source(self) -> bool:
         """Whether the round under way has not begun, since its source is not written yet."""

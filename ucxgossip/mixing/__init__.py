@@ -1,10 +1,11 @@
 """What an exchange does to values, without torch: modes, streams of rounds, exact collectives.
 
 `modes` names the choices, `stream`, `push_sum` and `outer` are the manners in which one flat array
-is exchanged, `collective` computes what must be exact, `meter` counts.
+is exchanged (`device`: on a device), `collective` computes what must be exact, `meter` counts.
 """
 
 from ucxgossip.mixing.collective import Collective
+from ucxgossip.mixing.device import DeviceArray, DeviceHeld, DeviceInPlace
 from ucxgossip.mixing.meter import Meter
 from ucxgossip.mixing.modes import (
     COMBINES,
@@ -22,6 +23,9 @@ __all__ = [
     "COMBINES",
     "MIXES",
     "Collective",
+    "DeviceArray",
+    "DeviceHeld",
+    "DeviceInPlace",
     "Held",
     "InPlace",
     "Meter",

@@ -58,6 +58,19 @@ class Meter:
             self.quarantine.left_out(group.rank, found, what)
         return float(group.engine.floats.item(index, w.DISTANCE))
 
+    def launched(self, group: Group, mailbox: Mailbox) -> bool:
+        """Wait until all of the round of `mailbox` is enqueued on its device.
+
+        False where a change of members broke the round off, or left it out; `wait` counts that.
+        """
+        start = time.perf_counter()
+        blocked = not group.engine.launched(mailbox)
+        whole = group.wait(mailbox, launched=True)
+        if blocked:
+            self.waits += 1
+            self.wait_s += time.perf_counter() - start
+        return whole
+
     def mixed(self, sender: int, steps_late: int) -> None:
         """What `sender` put was mixed, `steps_late` own steps after it was due."""
         if sender >= 0:

@@ -20,7 +20,8 @@ from ucxgossip.schedule import (
     check_rounds,
     endless,
 )
-from ucxgossip.torch_hook.bucket import check_device, partition
+from ucxgossip.torch_hook.bucket import partition
+from ucxgossip.torch_hook.device import check_modes, device_of
 from ucxgossip.torch_hook.gossip import MARK, Gossip
 from ucxgossip.torch_hook.noise import check_noise_correction
 from ucxgossip.torch_hook.scaler import Scaler
@@ -73,9 +74,14 @@ def attach(
     ``"raise"`` ends with `NonFiniteError`, where the values came in and where they were made, at
     the next wait of the training thread; ``"allow"`` mixes it.
 
+    Where: the model is on the CPU, or as a whole on one CUDA device (untested on hardware:
+    docs/gpu.md). There nobody waits for the device in a step, and push_sum, staleness, outer,
+    buffers and noise_correction are refused; ranks need not all have a device.
+
     The model starts from rank 0's weights and buffers. Everything is checked, and agreed on by
     all ranks, before anything changes: `ModelError`, `ArrayError`, `AlreadyAttachedError`,
-    `SparseGradientError`, `ScheduleError`, `ArgumentError`, `MismatchError`. An optimizer that
+    `SparseGradientError`, `ScheduleError`, `ArgumentError`, `MismatchError`; on CUDA
+    `NoDeviceError`, `MissingExtraError`, `CudaVersionError`, `DeviceError`. An optimizer that
     proves to keep no state where optimizer_state=True is a `ModelError` of its first step.
     """
     modes = Modes(
@@ -93,6 +99,9 @@ def attach(
     if not isinstance(group, Group):
         raise ArgumentError(f"group is {group!r}; pass what ug.join() returned")
     _check_model(model, optimizer)
+    device = device_of([*model.named_parameters(), *model.named_buffers()])
+    if device is not None:
+        check_modes(modes, device)
     if modes.optimizer_state:
         check_optimizer_state(optimizer)
     if modes.noise_correction:
@@ -106,7 +115,7 @@ def attach(
     label = group.label(MODEL)
     group.begin_model()
     late = group.agree("attach", _facts(model, modes, chosen, bucket_bytes), once=label)
-    return Gossip(model, optimizer, group, modes, chosen, runs, scaler, label, late)
+    return Gossip(model, optimizer, group, modes, chosen, runs, scaler, label, late, device)
 
 
 def _choose(schedule: Schedule | None, group: Group, modes: Modes) -> Schedule:
@@ -140,7 +149,6 @@ def _check_model(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> No
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if is_lazy(tensor):
             raise ModelError(f"{name} is not initialised yet; run one forward before attach")
-        check_device(name, tensor)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse:
             raise SparseGradientError(

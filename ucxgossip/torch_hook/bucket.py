@@ -1,8 +1,11 @@
-"""Buckets: parameters and gradients laid out flat in registered memory.
+"""Buckets: parameters and gradients laid out flat in registered memory, or in a device's arena.
 
 A parameter's data becomes a view into its bucket, so that what is put is what the optimizer
 wrote, and what is mixed is what the next forward reads: no copy in the step. Gradients likewise,
 as long as they are accumulated into their views.
+
+On a device the arena is plain memory of our own (`ucxgossip.device`), which lives as long as a
+tensor views it. Nothing here asks which device it is, so that tests bring one of their own.
 
 Rejected: registering torch's own tensors (they are scattered, freed and reused by its allocator);
 DDP's ``bucket.buffer()`` (DDP rebuilds its buckets after the first iteration).
@@ -15,12 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ucxgossip.buffer import Buffer
+from ucxgossip.device import Device
 from ucxgossip.errors import ArrayError, ModelError
 from ucxgossip.group import Group
-from ucxgossip.mixing import Stream
-from ucxgossip.ucp.memory import MemoryRegion
+from ucxgossip.mixing import DeviceArray, Stream
 
 ALIGNMENT = 64
 """Bytes to which each tensor is aligned in its bucket."""
@@ -42,18 +46,8 @@ def dense(tensor: torch.Tensor) -> bool:
     return True
 
 
-def check_device(name: str, tensor: torch.Tensor) -> None:
-    """`ArrayError` for a parameter or buffer that is not on the CPU."""
-    if tensor.device.type != "cpu":
-        raise ArrayError(
-            f"{name} is on {tensor.device}; only models on the CPU are served so far. Move the "
-            "model with model.cpu() before attach"
-        )
-
-
 def check_parameter(name: str, parameter: torch.Tensor) -> None:
     """`ArrayError` for a parameter that cannot live in a bucket."""
-    check_device(name, parameter)
     if parameter.layout != torch.strided:
         raise ArrayError(f"parameter {name} has layout {parameter.layout}; it must be strided")
     if parameter.dtype not in DTYPES:
@@ -64,9 +58,15 @@ def check_parameter(name: str, parameter: torch.Tensor) -> None:
 
 
 class Flat:
-    """One span of registered memory and the views of tensors in it."""
+    """One span of memory and the views of tensors in it.
 
-    def __init__(self, group: Group, tensors: Sequence[torch.Tensor]) -> None:
+    buffer: what rounds on the CPU are posted with; on_device: what those on a device are, None on
+    the CPU. array: the span as NumPy sees it, on the CPU only.
+    """
+
+    def __init__(
+        self, group: Group, tensors: Sequence[torch.Tensor], device: Device | None = None
+    ) -> None:
         dtype = tensors[0].dtype
         self.dtype = DTYPES[dtype]
         step = ALIGNMENT // self.dtype.itemsize
@@ -75,16 +75,35 @@ class Flat:
             offsets.append(count)
             count += -(-tensor.numel() // step) * step
         self.count = max(count, step)
-        self.region: MemoryRegion = group.allocate(self.count * self.dtype.itemsize)
-        self.array = self.region.view(self.dtype, self.count)
-        self.tensor = torch.from_numpy(self.array)
+        nbytes = self.count * self.dtype.itemsize
+        self.array: NDArray[Any] = np.empty(0, self.dtype)
+        self.on_device: DeviceArray | None = None
+        if device is None:
+            region = group.allocate(nbytes)
+            self.array = region.view(self.dtype, self.count)
+            self.tensor = torch.from_numpy(self.array)
+            self.buffer = Buffer.of(self.array, region)
+        else:
+            memory = device.allocate(nbytes)
+            self.on_device = DeviceArray(device, memory, self.dtype, self.count)
+            view = memory.view(self.dtype, self.count)
+            self.tensor = torch.as_tensor(view, device=tensors[0].device)
+            self.buffer = self.on_device.buffer
         self.views = [
             self.tensor.as_strided(tensor.shape, tensor.stride(), offset)
             if dense(tensor)
             else self.tensor[offset : offset + tensor.numel()].view(tensor.shape)
             for tensor, offset in zip(tensors, offsets, strict=True)
         ]
-        self.buffer = Buffer.of(self.array, self.region)
+
+    def read(self) -> NDArray[Any]:
+        """The values in host memory: the span itself on the CPU, a copy from a device."""
+        return self.array if self.on_device is None else self.on_device.read()
+
+    def write(self, values: NDArray[Any]) -> None:
+        """Put values that `read` gave, and were changed, in their place."""
+        if self.on_device is not None:
+            self.on_device.write(values)
 
 
 class Bucket:
@@ -96,11 +115,15 @@ class Bucket:
     """
 
     def __init__(
-        self, group: Group, parameters: Sequence[torch.nn.Parameter], gradients_travel: bool
+        self,
+        group: Group,
+        parameters: Sequence[torch.nn.Parameter],
+        gradients_travel: bool,
+        device: Device | None = None,
     ) -> None:
-        self.parameters = list(parameters)
-        self.weights = Flat(group, self.parameters)
-        self.gradients = Flat(group, self.parameters) if gradients_travel else None
+        self.parameters, self.device = list(parameters), device
+        self.weights = Flat(group, self.parameters, device)
+        self.gradients = Flat(group, self.parameters, device) if gradients_travel else None
         self.weights_stream: Stream | None = None
         self.gradients_stream: Stream | None = None
         self.waiting = len(self.parameters)

@@ -10,10 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch.utils import _pytree as pytree
 
+from ucxgossip.device import Device
 from ucxgossip.errors import MismatchError
 from ucxgossip.group import Group
 from ucxgossip.mixing import (
     Collective,
+    DeviceHeld,
+    DeviceInPlace,
     Held,
     InPlace,
     Meter,
@@ -26,7 +29,7 @@ from ucxgossip.mixing import (
 )
 from ucxgossip.quarantine import Quarantine
 from ucxgossip.schedule import Schedule
-from ucxgossip.torch_hook.bucket import DTYPES, Bucket
+from ucxgossip.torch_hook.bucket import DTYPES, Bucket, Flat
 from ucxgossip.torch_hook.state import ModelBuffers, OptimizerState
 
 
@@ -42,15 +45,16 @@ class Exchange:
         schedule: Schedule,
         runs: Sequence[Sequence[torch.nn.Parameter]],
         label: str = "model",
+        device: Device | None = None,
     ) -> None:
         self.model, self.group, self.modes, self.schedule = model, group, modes, schedule
         self.meter = Meter(quarantine=Quarantine(modes.nonfinite))
         self.collective = Collective(group, self.meter.quarantine)
-        self.buckets = [Bucket(group, run, modes.gradients_travel) for run in runs]
+        self.buckets = [Bucket(group, run, modes.gradients_travel, device) for run in runs]
         # Whoever is wanted first comes first: backward completes the last bucket first.
         for bucket in reversed(self.buckets):
             if bucket.gradients is not None:
-                bucket.gradients_stream = self._gradients_stream(bucket.gradients.buffer)
+                bucket.gradients_stream = self._gradients_stream(bucket.gradients)
         for bucket in self.buckets:
             if modes.weights_travel:
                 bucket.weights_stream = self._weights_stream(bucket)
@@ -64,8 +68,11 @@ class Exchange:
             ModelBuffers(model, group, schedule, self.meter, modes) if modes.buffers else None
         )
 
-    def _gradients_stream(self, buffer: Any) -> Stream:
-        common = (self.group, buffer, self.schedule, self.meter)
+    def _gradients_stream(self, flat: Flat) -> Stream:
+        common = (self.group, flat.buffer, self.schedule, self.meter)
+        if flat.on_device is not None:
+            place = flat.on_device
+            return DeviceInPlace(self.group, place, self.schedule, self.meter, what="gradients")
         if self.modes.staleness:
             return Stale(*common, self.modes.staleness, before=False, what="gradients")
         return InPlace(*common, what="gradients")
@@ -74,6 +81,10 @@ class Exchange:
         modes = self.modes
         common = (self.group, bucket.weights.buffer, self.schedule, self.meter)
         first = weights_shift(self.schedule) if modes.gradients_travel else 0
+        place = bucket.weights.on_device
+        if place is not None:
+            on_device = DeviceHeld if modes.combine == "awc" else DeviceInPlace
+            return on_device(self.group, place, self.schedule, self.meter, first, "weights")
         if modes.mix == "push_sum":
             return PushSum(*common, self.collective)
         if modes.outer is not None:
@@ -134,13 +145,15 @@ class Exchange:
 
     @property
     def arrays(self) -> list[NDArray[Any]]:
-        """The weights, one array a bucket."""
-        return [bucket.weights.array for bucket in self.buckets]
+        """The weights, one array a bucket; of a device's, copies in host memory."""
+        return [bucket.weights.read() for bucket in self.buckets]
 
     def broadcast(self) -> None:
         """Rank 0's weights, frozen parameters and buffers to all."""
-        for array in self.arrays:
-            self.collective.broadcast(array)
+        for bucket in self.buckets:
+            values = bucket.weights.read()
+            self.collective.broadcast(values)
+            bucket.weights.write(values)
         rest = [p.data for p in self.model.parameters() if not p.requires_grad]
         rest += list(self.model.buffers())
         if not rest:
@@ -169,7 +182,9 @@ class Exchange:
             if bucket.weights_stream is not None:
                 bucket.weights_stream.average(self.collective)
             else:
-                self.collective.average(bucket.weights.array)
+                values = bucket.weights.read()
+                self.collective.average(values)
+                bucket.weights.write(values)
 
     def average_buffers(self) -> None:
         """The exact mean of the float buffers on all ranks.
@@ -181,7 +196,7 @@ class Exchange:
             self.buffers.finish()
         for buffer in self.model.buffers():
             if buffer.dtype in DTYPES and buffer.numel():
-                own = buffer.detach().numpy().reshape(-1)
+                own = buffer.detach().cpu().numpy().reshape(-1)
                 flat = self._mean_of_finite(own)
                 buffer.copy_(torch.from_numpy(flat).view(buffer.shape))
 
@@ -214,11 +229,11 @@ class Exchange:
 
     def quiet(self) -> None:
         """End every round under way and let none of them change weights or buffers."""
-        arrays = [array.copy() for array in self.arrays]
+        weights = [bucket.weights.tensor.clone() for bucket in self.buckets]
         buffers = [each.clone() for each in self.model.buffers()]
         self.finish()
-        for array, values in zip(self.arrays, arrays, strict=True):
-            array[:] = values
+        for bucket, values in zip(self.buckets, weights, strict=True):
+            bucket.weights.tensor.copy_(values)
         for buffer, value in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(value)
 
@@ -328,7 +343,7 @@ def _to_numpy(value: object) -> object:
 
 
 def _bytes_of(tensor: torch.Tensor) -> NDArray[np.uint8]:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _set_bytes(tensor: torch.Tensor, blob: NDArray[np.uint8]) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Protocol, Self
 
 import torch
 
+from ucxgossip.device import Device
 from ucxgossip.errors import ArgumentError, ClosedError, GossipError
 from ucxgossip.group import Group
 from ucxgossip.members import ANY
@@ -55,6 +56,7 @@ class Gossip:
         scaler: Scaler | None = None,
         label: str = "model",
         late: bool = False,
+        device: Device | None = None,
     ) -> None:
         self.model, self.optimizer, self.group = model, optimizer, group
         self.modes, self.schedule, self.label = modes, schedule, label
@@ -66,7 +68,7 @@ class Gossip:
         self._shuffled: list[tuple[Iterable[Any], Shuffled]] = []
         self._epochs: list[int] = []
         with group.naming(label):
-            self._exchange = Exchange(model, optimizer, group, modes, schedule, runs, label)
+            self._exchange = Exchange(model, optimizer, group, modes, schedule, runs, label, device)
         self._buckets = self._exchange.buckets
         # Two ranks average exactly; there is no noise left that an all-reduce would not have.
         corrects = modes.noise_correction and group.size > 2
@@ -108,7 +110,8 @@ class Gossip:
         snapshot = self._snapshots.fetch()
         if snapshot is None:
             return
-        found = torch.load(io.BytesIO(snapshot), weights_only=True)
+        # The other rank's device may have another number here, or be none.
+        found = torch.load(io.BytesIO(snapshot), map_location="cpu", weights_only=True)
         self.model.load_state_dict(found["model"])
         self.optimizer.load_state_dict(found["optimizer"])
         if self._exchange.state is not None:
@@ -340,7 +343,7 @@ class Gossip:
         return {
             **modes,
             "schedule": self.schedule.describe(),
-            "buckets": [len(array) for array in self._exchange.arrays],
+            "buckets": [bucket.weights.count for bucket in self._buckets],
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 
 from ucxgossip.errors import ArgumentError, ModelError
 from ucxgossip.group import Group
-from ucxgossip.mixing import InPlace, Meter, Modes, Stale, Stream
+from ucxgossip.mixing import DeviceInPlace, InPlace, Meter, Modes, Stale, Stream
 from ucxgossip.schedule import Schedule
 from ucxgossip.torch_hook.bucket import DTYPES, Bucket, Flat
 
@@ -78,7 +78,7 @@ class OptimizerState:
             return
         for bucket, names in zip(self.buckets, everyone, strict=True):
             for name in names:
-                flat = Flat(self.group, bucket.parameters)
+                flat = Flat(self.group, bucket.parameters, bucket.device)
                 self.flats.append((bucket, name, flat))
                 with self.group.naming(self.label):
                     self.streams.append(self._stream(flat, position, name))
@@ -95,6 +95,9 @@ class OptimizerState:
 
     def _stream(self, flat: Flat, position: int, name: str) -> Stream:
         common = (self.group, flat.buffer, self.schedule, self.meter)
+        if flat.on_device is not None:
+            place = flat.on_device
+            return DeviceInPlace(self.group, place, self.schedule, self.meter, position, name)
         if self.modes.staleness:
             return Stale(*common, self.modes.staleness, position, what=name)
         return InPlace(*common, position, what=name)

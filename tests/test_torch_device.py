@@ -1,0 +1,321 @@
+"""`attach` for a model on a device, which is a fake one over CPU tensors (fake_device).
+
+Its events complete late, and its copies and kernels when the clock moves: values that are right
+here were waited for. What torch does on a real device is for the tests marked `gpu` (test_gpu.py).
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import ucxgossip as ug
+from ucxgossip import errors
+from ucxgossip.mixing import Modes
+from ucxgossip.schedule import Dissemination, Rotated
+from ucxgossip.torch_hook import device as device_module
+
+attach_module = sys.modules["ucxgossip.torch_hook.attach"]  # `attach` itself hides it
+F = nn.functional
+
+
+def load(name: str) -> ModuleType:
+    """Test modules are not importable by name (``--import-mode=importlib``)."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+fake = load("fake_device")
+hook = load("test_torch_hook")
+
+
+@pytest.fixture
+def devices(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every model that is attached lives on a device of its own; those made so far."""
+    made: list[Any] = []
+
+    def device_of(_: object) -> Any:
+        made.append(fake.FakeDevice(seed=len(made), pace=1 + len(made) % 3))
+        return made[-1]
+
+    monkeypatch.setattr(attach_module, "device_of", device_of)
+    return made
+
+
+def train(
+    group: ug.Group, mix: str, combine: str, optimizer: str, steps: int, **more: Any
+) -> np.ndarray:
+    model = hook.small_model(group.rank)
+    chosen = hook.make_optimizer(optimizer, model)
+    schedule = Rotated(Dissemination(group.size), seed=5)
+    with ug.attach(
+        model, chosen, group, mix, combine, schedule=schedule, bucket_bytes=200, **more
+    ) as gossip:
+        for step in range(steps):
+            chosen.zero_grad()
+            x, y = hook.batch(group.rank, step)
+            F.cross_entropy(model(x), y).backward()
+            chosen.step()
+        gossip.wait()
+        stats = gossip.stats()
+        assert stats["skipped"] == stats["broken"] == 0
+        assert stats["rounds"] > 0 or group.size == 1
+        weights = hook.flat(model)
+    return weights
+
+
+@pytest.mark.parametrize("transport", ["tcp", "shm"])
+@pytest.mark.parametrize("combine", ["atc", "awc"])
+@pytest.mark.parametrize("mix", ["both", "weights", "gradients"])
+@pytest.mark.parametrize(("size", "optimizer"), [(1, "sgd"), (2, "adamw"), (4, "sgd")])
+def test_training_equals_the_reference(
+    job: Callable[..., list[Any]],
+    devices: list[Any],
+    size: int,
+    optimizer: str,
+    mix: str,
+    combine: str,
+    transport: str,
+) -> None:
+    ends = job(size, lambda group: train(group, mix, combine, optimizer, 5), transport)
+    expected = hook.reference(size, 5, optimizer, mix, combine)
+    for rank, weights in enumerate(ends):
+        np.testing.assert_allclose(weights, expected[rank], rtol=1e-12, atol=1e-13)
+    assert len(devices) == size
+    for device in devices:
+        device.check()
+        assert device.idle() and not device.pinned and not device.live
+
+
+def test_ranks_need_not_all_have_a_device(
+    job: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Any] = []
+
+    def device_of(tensors: Any) -> Any:
+        if made:
+            return None
+        made.append(fake.FakeDevice(pace=2))
+        return made[0]
+
+    monkeypatch.setattr(attach_module, "device_of", device_of)
+    ends = job(2, lambda group: train(group, "both", "atc", "sgd", 4))
+    for rank, weights in enumerate(ends):
+        expected = hook.reference(2, 4, "sgd", "both", "atc")[rank]
+        np.testing.assert_allclose(weights, expected, rtol=1e-12, atol=1e-13)
+    made[0].check()
+
+
+def test_the_host_does_not_wait_for_the_device(
+    job: Callable[..., list[Any]], devices: list[Any]
+) -> None:
+    """After `wait` the mixes may still be under way: only the stream waits, not the engine."""
+
+    def body(group: ug.Group) -> bool:
+        model = hook.small_model(0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with ug.attach(model, optimizer, group, mix="weights") as gossip:
+            stream: Any = gossip._buckets[0].weights_stream
+            joined = []
+            device = stream.array.device
+            record, wait = device.record, device.wait
+
+            def recording(event: int, on: int) -> None:
+                device.stalled = {fake.IN}  # no copy from a slot, no kernel, no done event
+                record(event, on)
+
+            def waiting(on: int, event: int) -> None:
+                joined.append((on, group.engine.active(stream.mailbox)))
+                device.stalled = set()
+                wait(on, event)
+
+            device.record, device.wait = recording, waiting
+            for step in range(3):
+                x, y = hook.batch(group.rank, step)
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                gossip.wait()
+        return joined == [(fake.HOST, True)] * 3
+
+    assert job(2, body) == [True, True]
+
+
+@pytest.mark.parametrize("combine", ["atc", "awc"])
+def test_optimizer_state_and_means(
+    job: Callable[..., list[Any]], devices: list[Any], combine: str
+) -> None:
+    """As on the CPU, bit for bit, with momentum mixed and exact means between."""
+
+    def body(group: ug.Group) -> np.ndarray:
+        return train(group, "both", combine, "sgd", 6, optimizer_state=True, global_average_every=3)
+
+    on_devices = job(2, body)
+    assert len(devices) == 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attach_module, "device_of", lambda _: None)
+        on_cpu = job(2, body)
+    for mine, plain in zip(on_devices, on_cpu, strict=True):
+        np.testing.assert_array_equal(mine, plain)
+
+
+@pytest.mark.parametrize(("mix", "combine"), [("both", "atc"), ("weights", "awc")])
+def test_a_resumed_run_goes_on_bit_for_bit(
+    job: Callable[..., list[Any]], devices: list[Any], mix: str, combine: str
+) -> None:
+    def run(group: ug.Group, start: int, steps: int, saved: Any = None) -> Any:
+        model = hook.small_model(group.rank)
+        optimizer = hook.make_optimizer("sgd", model)
+        with ug.attach(model, optimizer, group, mix, combine, bucket_bytes=200) as gossip:
+            if saved is not None:
+                model.load_state_dict(saved[1])
+                optimizer.load_state_dict(saved[2])
+                gossip.load_state_dict(saved[0])
+            for step in range(start, start + steps):
+                optimizer.zero_grad()
+                x, y = hook.batch(group.rank, step)
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+            gossip.wait()
+            state = gossip.state_dict(), model.state_dict(), optimizer.state_dict()
+            return hook.flat(model), hook.copy.deepcopy(state)
+
+    def body(group: ug.Group) -> Any:
+        whole = run(group, 0, 6)[0]
+        _, saved = run(group, 0, 3)
+        return whole, run(group, 3, 3, saved)[0]
+
+    for whole, resumed in job(2, body):
+        np.testing.assert_array_equal(whole, resumed)
+
+
+def test_values_that_are_not_finite_stay_on_their_rank(
+    job: Callable[..., list[Any]], devices: list[Any]
+) -> None:
+    def body(group: ug.Group) -> dict[int, int]:
+        model = hook.small_model(0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with ug.attach(model, optimizer, group, mix="weights") as gossip:
+            for step in range(3):
+                x, y = hook.batch(group.rank, step)
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                if step == 0 and group.rank == 1:
+                    next(model.parameters()).grad[0, 0] = float("nan")
+                optimizer.step()
+            gossip.wait()
+            gossip._exchange.finish()
+            if group.rank == 0:
+                assert all(p.isfinite().all() for p in model.parameters())
+            counted: dict[int, int] = gossip.stats()["nonfinite"]
+            return counted
+
+    for counted in job(2, body):
+        assert set(counted) == {1}
+
+
+def test_an_error_of_the_device_is_named_on_its_rank(
+    job: Callable[..., list[Any]], devices: list[Any]
+) -> None:
+    def body(group: ug.Group) -> None:
+        model = hook.small_model(0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with ug.attach(model, optimizer, group, mix="weights") as gossip:
+            if group.rank == 0:
+                gossip._buckets[0].device.fails["launch"] = 719
+            for step in range(2):
+                x, y = hook.batch(group.rank, step)
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                gossip.wait()
+
+    ends = job(2, body, raw=True, timeout=5.0)
+    found = next(end for end in ends if isinstance(end, errors.DeviceError))
+    assert (found.status, found.name) == (719, "FAKE_ERROR_719")
+    assert "fake:0, round 0" in str(found)
+
+
+def test_exact_operations_read_the_device(
+    job: Callable[..., list[Any]], devices: list[Any]
+) -> None:
+    def body(group: ug.Group) -> tuple[float, np.ndarray]:
+        model = hook.small_model(0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with ug.attach(model, optimizer, group, mix="weights") as gossip:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.fill_(1.0 + group.rank)
+            apart = gossip.consensus_distance()
+            gossip.synchronize()
+            assert gossip.consensus_distance() < 1e-12
+            values = hook.flat(model)
+        return apart, values
+
+    for apart, values in job(2, body):
+        assert apart == pytest.approx(1 / 3)
+        np.testing.assert_allclose(values, 1.5)
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "modes",
+    [
+        Modes(mix="push_sum"),
+        Modes(staleness=1),
+        Modes(outer=ug.Nesterov()),
+        Modes(buffers=True),
+        Modes(noise_correction=True),
+    ],
+)
+def test_modes_that_want_the_cpu(modes: Modes) -> None:
+    with pytest.raises(errors.ArgumentError, match="on the CPU only, and this one is on fake:0"):
+        device_module.check_modes(modes, fake.FakeDevice())
+
+
+def test_modes_that_work() -> None:
+    for mix in ("both", "weights", "gradients"):
+        for combine in ("atc", "awc"):
+            device_module.check_modes(Modes(mix, combine), fake.FakeDevice())
+
+
+class On:
+    """What `device_of` asks of a tensor."""
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+
+
+def test_devices_of_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    monkeypatch.setattr(device_module, "open_cuda", opened.append)
+
+    def ask(*devices: str) -> Any:
+        return device_module.device_of([(f"p{i}", On(each)) for i, each in enumerate(devices)])  # type: ignore[misc]
+
+    assert ask() is None and ask("cpu", "cpu") is None
+    assert ask("cuda:1", "cuda:1") is None and opened == [1]
+    with pytest.raises(errors.ArrayError, match="p0 is on cuda:0 but p1 is on cuda:1"):
+        ask("cuda:0", "cuda:1")
+    with pytest.raises(errors.ArrayError, match="p0 is on cpu but p2 is on cuda:0"):
+        ask("cpu", "cpu", "cuda:0")
+    with pytest.raises(errors.ArrayError, match="p0 is on meta"):
+        ask("meta")
+
+
+def test_a_torch_for_the_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(errors.NoDeviceError, match="built for the CPU only"):
+        device_module.open_cuda(0)
