@@ -16,6 +16,7 @@ from typing import Any
 
 from ucxgossip.bench import mpirun, plot
 from ucxgossip.bench.environment import environment
+from ucxgossip.bench.pair import check_device
 from ucxgossip.bench.payloads import Payload
 from ucxgossip.bench.spawn import run_ranks
 from ucxgossip.bench.table import Column, Table
@@ -52,16 +53,25 @@ def run(
     repeats: int = 9,
     seconds: float = 0.2,
     figure: str | None = None,
+    device: str = "cpu",
 ) -> tuple[dict[str, object], list[dict[str, Any]]]:
     """Measure, print the table as it grows, return (environment, rows).
 
     One row for each (ranks, payload, peer); without peers one for each (ranks, payload). Peers
     that are not installed are left out with a line that says so; `BenchError` where that leaves
     none. seconds: about how long each method runs in each repeat. spread: (max - min) / median of
-    our repeats. figure: a PNG to draw.
+    our repeats. figure: a PNG to draw. device: "cuda" for arrays on CUDA devices, which the ranks
+    share; without peers. Untested on hardware.
     """
     if figure is not None:
         plot.check("bench exchange", figure)
+    check_device(device)
+    if device != "cpu":
+        if against:
+            raise ArgumentError("bench exchange: --device cuda has no peers; leave --against out")
+        from ucxgossip.bench.exchange_device import open_shared
+
+        open_shared()  # refuses before any process is started
     _check(ranks, against)
     chosen, absent = _present(against)
     jobs = [(count, batch) for count in ranks for batch in _batches(payloads)]
@@ -77,6 +87,7 @@ def run(
         arguments = ["-m", "ucxgossip.bench.exchange_rank", "--transport", transport]
         arguments += ["--sizes", ",".join(payload.name for payload in batch)]
         arguments += ["--against", ",".join(chosen)]
+        arguments += ["--device", device]
         arguments += ["--repeats", str(repeats), "--seconds", str(seconds)]
         start = partial(run_ranks, arguments)
         if with_mpi:

@@ -22,10 +22,12 @@ import numpy as np
 from ucxgossip import jit
 from ucxgossip.bench import floors, gloo, mpi, mpirun
 from ucxgossip.bench.exchange import DEADLINE_S
+from ucxgossip.bench.exchange_device import Checked, OursOnDevice, open_shared
 from ucxgossip.bench.payloads import ITEM, Payload, parse
 from ucxgossip.bench.peer import Array, Arrays, Method
 from ucxgossip.bench.summary import summarize
 from ucxgossip.buffer import Buffer
+from ucxgossip.device import Device
 from ucxgossip.errors import BenchError
 from ucxgossip.group import Group, join
 from ucxgossip.mailbox import Mailbox
@@ -239,14 +241,26 @@ def in_force(group: Group) -> dict[str, str]:
 
 
 def measure_payload(
-    group: Group, job: Job, payload: Payload, names: Sequence[str], api: Any, transport: str
+    group: Group,
+    job: Job,
+    payload: Payload,
+    names: Sequence[str],
+    api: Any,
+    transport: str,
+    device: Device | None = None,
 ) -> None:
     """Collective. Check and measure ours and the methods of `names`; rank 0 prints the rows."""
     data = allocate(group, payload)
-    methods: dict[str, Method] = {"ours": Ours(group, data)}
+    methods: dict[str, Method] = {}
+    checked: dict[str, Method] = {}
+    if device is None:
+        methods["ours"] = Ours(group, data)
+    else:
+        ours = OursOnDevice(group, data, device)
+        methods["ours"], checked["ours"] = ours, Checked(ours)
     methods |= make(names, data, api, transport)
     for name, method in methods.items():
-        check(name, method, data, job.dist.barrier)
+        check(name, checked.get(name, method), data, job.dist.barrier)
     found = job.measure(methods)
     for array in data.arrays:
         if not np.isfinite(array).all():
@@ -254,6 +268,7 @@ def measure_payload(
     if group.rank == 0:
         for name in names or [""]:
             line = row(transport, group.size, payload, found["ours"], name, found.get(name))
+            line["device"] = "cpu" if device is None else device.name
             print(json.dumps(line), flush=True)
     job.dist.barrier()
     for method in methods.values():
@@ -268,6 +283,7 @@ def main() -> None:
     parser.add_argument("--against")
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--seconds", type=float)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--mpirun", action="store_true")
     options = parser.parse_args()
     names = [name for name in options.against.split(",") if name]
@@ -281,8 +297,9 @@ def main() -> None:
         if group.rank == 0:
             print(json.dumps(in_force(group)), flush=True)
         job = Job(options.repeats, options.seconds)
+        device = open_shared() if options.device == "cuda" else None
         for payload in parse(options.sizes):
-            measure_payload(group, job, payload, names, api, options.transport)
+            measure_payload(group, job, payload, names, api, options.transport, device)
 
 
 if __name__ == "__main__":

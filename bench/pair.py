@@ -6,6 +6,7 @@ Between measurements both are idle, so that a peer's own benchmark can run in be
 
 from __future__ import annotations
 
+import hashlib
 import json
 import select
 import subprocess
@@ -16,11 +17,12 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ucxgossip import jit, ucp
-from ucxgossip.bench import loops
+from ucxgossip.bench import loops, pair_device
 from ucxgossip.bench.spawn import ended
-from ucxgossip.errors import BenchError
+from ucxgossip.errors import ArgumentError, BenchError
 from ucxgossip.ucp import lib, ops
 
 _FLAG_ROOM = 64
@@ -29,14 +31,28 @@ DEADLINE_S = 60.0
 
 
 class Side:
-    """One process of the pair: worker, memory of `nbytes` and the way to the other side."""
+    """One process of the pair: worker, memory of `nbytes` and the way to the other side.
 
-    def __init__(self, transport: str, nbytes: int, settings: Mapping[str, str]) -> None:
-        self.nbytes = nbytes
+    memory: on a device, for what is put; flags stay in host memory.
+    """
+
+    def __init__(
+        self,
+        transport: str,
+        nbytes: int,
+        settings: Mapping[str, str],
+        memory: pair_device.PairMemory | None = None,
+    ) -> None:
+        self.memory = memory
+        self.nbytes = nbytes if memory is None else 0
         self.context = ucp.Context(transport, settings)
         self.worker = ucp.Worker(self.context)
-        self.inbox = ucp.MemoryRegion(self.context, nbytes=nbytes + _FLAG_ROOM)
-        self.source = ucp.MemoryRegion(self.context, nbytes=nbytes + _FLAG_ROOM)
+        self.inbox = ucp.MemoryRegion(self.context, nbytes=self.nbytes + _FLAG_ROOM)
+        self.source = ucp.MemoryRegion(self.context, nbytes=self.nbytes + _FLAG_ROOM)
+        self.data, self.data_inbox = self.source, self.inbox
+        if memory is not None:
+            self.data = ucp.MemoryRegion(self.context, array=memory.source)
+            self.data_inbox = ucp.MemoryRegion(self.context, array=memory.inbox)
 
     def describe(self) -> dict[str, Any]:
         """What the other side needs to connect."""
@@ -44,6 +60,8 @@ class Side:
             "worker": self.worker.address.hex(),
             "address": self.inbox.address,
             "key": self.inbox.pack().hex(),
+            "data_address": self.data_inbox.address,
+            "data_key": self.data_inbox.pack().hex(),
         }
 
     def connect(self, other: Mapping[str, Any]) -> None:
@@ -51,6 +69,8 @@ class Side:
         self.endpoint = ucp.Endpoint(self.worker, bytes.fromhex(other["worker"]))
         self.key = ucp.RemoteKey(self.endpoint, bytes.fromhex(other["key"]))
         self.remote = int(other["address"])
+        self.data_key = ucp.RemoteKey(self.endpoint, bytes.fromhex(other["data_key"]))
+        self.data_remote = int(other["data_address"])
 
     def ping_pong(self, nbytes: int, samples: int, batch: int, starts: bool) -> list[int]:
         """Nanoseconds of each sampled round trip (mean of `batch`)."""
@@ -80,11 +100,11 @@ class Side:
         elapsed = loops.stream(
             self.worker.handle,
             self.endpoint.handle,
-            self.source.address,
+            self.data.address,
             nbytes,
-            self.remote,
-            self.key.handle,
-            self.source.param_address,
+            self.data_remote,
+            self.data_key.handle,
+            self.data.param_address,
             puts,
             window,
             _deadline(),
@@ -128,13 +148,36 @@ def _check(status: int, what: str) -> None:
     lib.check(min(status, 0), ops.PUT, what)
 
 
+def check_device(device: str) -> None:
+    """`ArgumentError` for a device that puts are not measured on."""
+    if device not in pair_device.DEVICES:
+        known = ", ".join(pair_device.DEVICES)
+        raise ArgumentError(f"device is {device!r}; choose one of {known}")
+
+
+def _digest(values: NDArray[np.uint8]) -> str:
+    return hashlib.sha256(values.tobytes()).hexdigest()
+
+
 class Pair:
-    """This process and a child, over `transport`. Use as a context manager."""
+    """This process and a child, over `transport`. Use as a context manager.
+
+    device: "cuda" puts between the memories of CUDA devices (untested on hardware).
+    """
 
     def __init__(
-        self, transport: str, nbytes: int, settings: Mapping[str, str] | None = None
+        self,
+        transport: str,
+        nbytes: int,
+        settings: Mapping[str, str] | None = None,
+        device: str = "cpu",
     ) -> None:
+        check_device(device)
+        self.device = device
+        memory = pair_device.PairMemory(nbytes, 0) if device == "cuda" else None
         chosen = dict(settings or {})
+        if memory is not None:
+            chosen = {**pair_device.SETTINGS[transport], **chosen}
         chosen.setdefault("NET_DEVICES", "lo")
         self._processes: list[subprocess.Popen[bytes]] = []
         self._ended = ended(self._processes)
@@ -142,12 +185,12 @@ class Pair:
         try:
             self._child = subprocess.Popen(
                 [sys.executable, "-m", "ucxgossip.bench.pair", transport, str(nbytes)]
-                + [json.dumps(chosen)],
+                + [json.dumps(chosen), device],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
             )
             self._processes.append(self._child)
-            self.side = Side(transport, nbytes, chosen)
+            self.side = Side(transport, nbytes, chosen, memory)
             self._tell(self.side.describe())
             self.side.connect(self._hear())
             self._flag = 0
@@ -175,11 +218,32 @@ class Pair:
         raise BenchError(f"the other process of the pair said nothing for {DEADLINE_S:g} s")
 
     def latency(self, nbytes: int, samples: int, batch: int) -> list[float]:
-        """One-way microseconds of each sample."""
+        """One-way microseconds of each sample; on a device, those of a put until it is flushed."""
+        if self.device != "cpu":
+            return self._flushed(nbytes, samples)
         self._tell({"do": "ping", "nbytes": nbytes, "samples": samples, "batch": batch})
         times = self.side.ping_pong(nbytes, samples, batch, starts=True)
         self._hear()
         return [each / 2e3 for each in times]
+
+    def _flushed(self, nbytes: int, samples: int) -> list[float]:
+        """The CPU cannot see a put arrive on a device, nor answer it."""
+        self._flag = self._flag % 255 + 1
+        self._tell({"do": "serve", "value": self._flag})
+        times = [self.side.stream(nbytes, 1) / 1e3 for _ in range(samples)]
+        self.side.raise_flag(self._flag)
+        self._hear()
+        return times
+
+    def verify(self, nbytes: int) -> bool:
+        """Whether a put of `nbytes` bytes on a device is there, byte for byte."""
+        memory = self.side.memory
+        assert memory is not None
+        values = np.random.default_rng(nbytes).integers(0, 256, nbytes, np.uint8)
+        memory.fill(values)
+        self.bandwidth(nbytes, 1)
+        self._tell({"do": "digest", "nbytes": nbytes})
+        return bool(self._hear()["digest"] == _digest(values))
 
     def bandwidth(self, nbytes: int, puts: int) -> float:
         """10**6 bytes a second of `puts` puts in a row."""
@@ -195,11 +259,11 @@ class Pair:
         side = self.side
         put = ops.put(
             side.endpoint.handle,
-            side.source.address,
+            side.data.address,
             nbytes,
-            side.remote,
-            side.key.handle,
-            side.source.param_address,
+            side.data_remote,
+            side.data_key.handle,
+            side.data.param_address,
         )
         if put > 0:
             ops.free(put)
@@ -246,13 +310,18 @@ class Pair:
 def main() -> None:
     """The child: connect, then do what each line says until told to stop."""
     transport, nbytes, settings = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
-    side = Side(transport, nbytes, settings)
+    memory = pair_device.PairMemory(nbytes, 1) if sys.argv[4] == "cuda" else None
+    side = Side(transport, nbytes, settings, memory)
     side.connect(json.loads(sys.stdin.readline()))
     print(json.dumps(side.describe()), flush=True)
     for line in sys.stdin:
         order = json.loads(line)
         if order["do"] == "stop":
             break
+        if order["do"] == "digest":
+            assert memory is not None
+            print(json.dumps({"digest": _digest(memory.came()[: order["nbytes"]])}), flush=True)
+            continue
         if order["do"] == "ping":
             side.ping_pong(order["nbytes"], order["samples"], order["batch"], starts=False)
         else:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ucxgossip.bench import plot
 from ucxgossip.bench.environment import environment
-from ucxgossip.bench.pair import Pair
+from ucxgossip.bench.pair import Pair, check_device
 from ucxgossip.bench.perftest import Perftest, find_perftest
 from ucxgossip.bench.summary import summarize
 from ucxgossip.bench.table import Column, Table
@@ -37,6 +37,7 @@ def run(
     repeats: int = 5,
     seconds: float = 0.3,
     figure: str | None = None,
+    device: str = "cpu",
 ) -> tuple[dict[str, object], list[dict[str, Any]]]:
     """Measure, print the table as it grows, return (environment, rows).
 
@@ -44,8 +45,12 @@ def run(
     figures are medians over the repeats. latency_spread is (max - min) / median of our repeats,
     in percent. latency_p99_us is over the samples of all repeats; below 20 us a round trip, a
     sample is the mean of some round trips, since reading the clock would be seen. figure: a PNG to
-    draw.
+    draw. device: "cuda" puts from one device's memory to another's, or within one; latency is then
+    that of a put until it is flushed. Untested on hardware.
     """
+    check_device(device)
+    if device != "cpu" and against is not None:
+        raise ArgumentError("bench put: --device cuda has no peer; leave --against out")
     if figure is not None:
         plot.check("bench put", figure)
     if against is not None and against not in PEERS:
@@ -55,9 +60,15 @@ def run(
     peer = find_perftest(library.path) if against else None
     table = Table(COLUMNS)
     rows: list[dict[str, Any]] = []
-    with Pair(transport, max(sizes)) as pair:
+    with Pair(transport, max(sizes), device=device) as pair:
         facts = environment(version, library.path)
         facts["settings"] = " ".join(f"{k}={v}" for k, v in pair.side.context.settings.items())
+        if pair.side.memory is not None:
+            facts["gpu"] = pair.side.memory.describes
+            if not pair.verify(max(sizes)):
+                raise BenchError(
+                    f"bench put: a put of {max(sizes)} bytes between devices left other bytes"
+                )
         facts["lanes"] = " ".join(pair.side.endpoint.transports())
         table.header(f"ucxgossip bench put, {repeats} repeats, medians", facts)
         for nbytes in sizes:
@@ -94,6 +105,7 @@ def _row(
     row: dict[str, Any] = {
         "bench": "put",
         "transport": transport,
+        "device": pair.device,
         "bytes": nbytes,
         "latency_us": latency,
         "latency_p99_us": summarize([each * 1e-6 for each in sampled]).p99_us,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import io
 import os
 import re
@@ -18,6 +19,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -30,10 +32,26 @@ from ucxgossip import errors, kernels
 from ucxgossip.buffer import Buffer
 from ucxgossip.channel import Channel
 from ucxgossip.cli import main
+from ucxgossip.device import driver
 from ucxgossip.errors import GossipError
 from ucxgossip.mailbox import Layout, parse_description
+from ucxgossip.mixing import Modes
+from ucxgossip.torch_hook.device import check_modes, device_of
 from ucxgossip.torch_hook.gossip import MARK
 
+
+def load(name: str) -> ModuleType:
+    """Modules beside this one are not importable by name (``--import-mode=importlib``)."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+fake_driver = load("fake_driver")
+FakeDevice = load("fake_device").FakeDevice
 DOCUMENT = Path(__file__).parents[1] / "docs" / "errors.md"
 DEADLINE_S = 60.0
 
@@ -104,6 +122,13 @@ class Scene:
             "suppressed": suppressed,
             "forked": forked,
             "installed": installed,
+            "cuda": cuda,
+            "on": on,
+            "OnGpu": OnGpu,
+            "device_of": device_of,
+            "check_modes": check_modes,
+            "Modes": Modes,
+            "fake": FakeDevice(),
         }
 
     def facts(self, breaks: bool) -> dict[str, object]:
@@ -233,6 +258,41 @@ HALF = (
     f"gossip = {ATTACH.format('')}; broken = lambda: model[2](Fails.apply(model[0](x))).sum()"
     ".backward(); suppressed(broken)"
 )
+
+
+@contextlib.contextmanager
+def cuda(version: int, *packages: str, refused: str = "") -> Iterator[None]:
+    """On a machine whose driver serves CUDA `version` (12080: 12.8), with these packages installed.
+
+    The driver is a stand-in. refused: what it says of every pointer ("managed", "no IPC", "host").
+    """
+    library = fake_driver.FakeLibrary(version)
+    attribute = {"managed": (8, 1), "no IPC": (10, 0), "host": (2, 1)}.get(refused)
+    if attribute:
+        library.attributes[attribute[0]] = attribute[1]
+    found = driver.Driver(library)
+    where = "ucxgossip.device.admission"
+    with (
+        mock.patch(f"{where}._installed", lambda name: name in packages),
+        mock.patch(f"{where}.util.find_spec", lambda name: name in packages or None),
+        mock.patch("ucxgossip.device.driver.load", lambda: found),
+        mock.patch("ucxgossip.torch_hook.device.lib.load", lambda: SimpleNamespace(origin="wheel")),
+        mock.patch.object(torch.version, "cuda", "12.8"),
+    ):
+        yield
+
+
+def on(*devices: str) -> list[tuple[str, Any]]:
+    """The named tensors of a model on these devices."""
+    return [(f"p{i}", SimpleNamespace(device=torch.device(d))) for i, d in enumerate(devices)]
+
+
+class OnGpu:
+    """An array on a CUDA device."""
+
+    def __init__(self) -> None:
+        data = {"shape": (4,), "typestr": "<f4", "data": (1 << 20, False), "version": 3}
+        self.__cuda_array_interface__ = data
 
 
 @contextlib.contextmanager
@@ -495,6 +555,48 @@ CASES: tuple[Case, ...] = (
     Case("forked child", "forked(lambda: worker.progress())", F),
     Case("forked child", "forked(lambda: group.mailbox(64))", F),
     Case("forked child", "forked(lambda: ug.attach(model, optimizer, group))", F),
+    # --- CUDA
+    Case("CUDA", "device_of(on('cuda:0', 'cuda:1'))", R),
+    Case("CUDA", "device_of(on('cuda:0', 'cpu'))", R),
+    Case("CUDA", "device_of(on('mps'))", R),
+    Case(
+        "CUDA",
+        "with mock.patch.object(torch.version, 'cuda', None): device_of(on('cuda:0'))",
+        "NoDeviceError",
+    ),
+    Case("CUDA", "with cuda(12080, 'cupy'): device_of(on('cuda:2'))", "NoDeviceError"),
+    Case("CUDA", "with cuda(12080): device_of(on('cuda:0'))", "MissingExtraError"),
+    Case(
+        "CUDA",
+        "with cuda(12080, 'cupy', 'libucx-cu13'): device_of(on('cuda:0'))",
+        "CudaVersionError",
+    ),
+    Case("CUDA", "check_modes(Modes('push_sum'), fake)", A),
+    Case("CUDA", "check_modes(Modes(staleness=2), fake)", A),
+    Case("CUDA", "check_modes(Modes(outer=ug.Nesterov()), fake)", A),
+    Case("CUDA", "check_modes(Modes(buffers=True), fake)", A),
+    Case("CUDA", "check_modes(Modes(noise_correction=True), fake)", A),
+    Case(
+        "CUDA",
+        "with cuda(12080, refused='no IPC'): ug.ucp.MemoryRegion(context, array=OnGpu())",
+        R,
+    ),
+    Case(
+        "CUDA",
+        "with cuda(12080, refused='no IPC'), mock.patch.dict(os.environ, PYTORCH_ALLOC_CONF="
+        "'expandable_segments:True'): ug.ucp.MemoryRegion(context, array=OnGpu())",
+        R,
+    ),
+    Case(
+        "CUDA",
+        "with cuda(12080, refused='managed'): ug.ucp.MemoryRegion(context, array=OnGpu())",
+        R,
+    ),
+    Case(
+        "CUDA",
+        "with cuda(12080, refused='host'): ug.ucp.MemoryRegion(context, array=OnGpu())",
+        R,
+    ),
     # --- mixing kernels
     Case("mixing kernels", "kernels.select('tpu')", A),
     Case("mixing kernels", "kernels.select('cpu', 'cupy')", A),
@@ -598,7 +700,8 @@ def markdown(found: dict[Case, Found]) -> str:
         "`model` and `optimizer` a small network and its SGD, `x` a batch. `ranks(n, code)` runs "
         "code on n ranks, `forked(use)` in a forked child, `command(line)` as "
         "`ucxgossip line` in a shell, which ends with status 2, `with installed(...)` on a machine "
-        "without a GPU where of the packages for CUDA only those are. Every class derives from "
+        "without a GPU where of the packages for CUDA only those are, `with cuda(...)` with a "
+        "stand-in for the driver of that CUDA. Every class derives from "
         "`ucxgossip.errors.GossipError`; the tree stands at the top of `ucxgossip/errors.py`.",
     ]
     area = ""

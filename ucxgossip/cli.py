@@ -21,7 +21,7 @@ Result = tuple[dict[str, object], list[dict[str, Any]]]
 def _doctor(options: argparse.Namespace) -> Result:
     from ucxgossip import doctor
 
-    return doctor.run(options.transport, options.remove_stale)
+    return doctor.run(options.transport, options.remove_stale, options.device)
 
 
 def _bench_put(options: argparse.Namespace) -> Result:
@@ -34,6 +34,7 @@ def _bench_put(options: argparse.Namespace) -> Result:
         options.repeats,
         options.seconds,
         options.plot,
+        options.device,
     )
 
 
@@ -48,6 +49,7 @@ def _bench_exchange(options: argparse.Namespace) -> Result:
         options.repeats,
         options.seconds,
         options.plot,
+        options.device,
     )
 
 
@@ -141,6 +143,7 @@ def parser() -> argparse.ArgumentParser:
         "emulated and whether the target must progress, and measure puts between two processes.",
     )
     _common(doctor, _doctor)
+    _device(doctor, "puts between the memories of CUDA devices (one will do)")
     doctor.add_argument(
         "--remove-stale",
         action="store_true",
@@ -166,6 +169,7 @@ def parser() -> argparse.ArgumentParser:
 
     put = benches.add_parser("put", help="latency and bandwidth of puts, beside ucx_perftest")
     _common(put, _bench_put)
+    _device(put, "between the memories of CUDA devices; latency is that of a put until its flush")
     put.add_argument(
         "--sizes", default="8,64K,4M", help="bytes, such as 8,4K,64K,1M,4M,64M (64 MiB and less)"
     )
@@ -195,6 +199,7 @@ def _exchange(benches: Any) -> None:
         "posts all its tensors and then waits for all.",
     )
     _common(exchange, _bench_exchange)
+    _device(exchange, "arrays on CUDA devices, which the ranks share; no peers")
     exchange.add_argument("--ranks", default="2,4", help="numbers of processes, such as 2,4,8")
     exchange.add_argument(
         "--sizes",
@@ -328,6 +333,15 @@ def _common(command: argparse.ArgumentParser, action: Callable[..., Result]) -> 
         "--transport", default="auto", help=f"one of {', '.join(TRANSPORTS)} (default: auto)"
     )
     _json(command)
+
+
+def _device(command: argparse.ArgumentParser, cuda: str) -> None:
+    command.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help=f"cuda: {cuda}. UNTESTED ON HARDWARE (default: cpu)",
+    )
 
 
 def _json(command: argparse.ArgumentParser) -> None:

@@ -21,8 +21,9 @@ from typing import Any
 
 from ucxgossip import segments
 from ucxgossip.bench.environment import environment
-from ucxgossip.bench.pair import Pair
+from ucxgossip.bench.pair import Pair, check_device
 from ucxgossip.bench.table import Column, Table
+from ucxgossip.device import driver
 from ucxgossip.errors import BenchError, GossipError
 from ucxgossip.group import usual_tuning
 from ucxgossip.mailbox import SMALL, usual_depth
@@ -42,12 +43,16 @@ _PROBE_S = 120.0
 
 
 def run(
-    transport: str, remove_stale: bool = False
+    transport: str, remove_stale: bool = False, device: str = "cpu"
 ) -> tuple[dict[str, object], list[dict[str, Any]]]:
     """Print the report, return (environment, rows); a row for each size.
 
-    remove_stale: remove the segments of shared memory that killed processes left.
+    remove_stale: remove the segments of shared memory that killed processes left. device: "cuda"
+    asks about puts between memories of CUDA devices; untested on hardware.
     """
+    check_device(device)
+    if device == "cuda":
+        driver.load()  # refuses before anything is printed
     library = lib.load()
     facts = environment(".".join(map(str, library.version)), library.path)
     facts |= {
@@ -55,7 +60,7 @@ def run(
         "rdma_devices": " ".join(lib.rdma_devices()) or "none",
         "transport": transport,
     }
-    found = _probe(transport)
+    found = _probe(transport, device)
     facts |= found["facts"]
     left = segments.stale()
     facts["stale_segments"] = len(left)
@@ -99,6 +104,13 @@ def _report(left: list[segments.Segment], remove: bool) -> None:
 def advise(facts: dict[str, object], rows: list[dict[str, Any]]) -> list[str]:
     """What a user should know or do about these findings, a line each."""
     lines = []
+    if facts.get("verified") is False:
+        lines.append("WRONG BYTES: a put between devices did not leave what it was given.")
+    if facts.get("device") == "cuda":
+        lines.append(
+            "These are UCX's own puts between devices. Buckets of attach go through pinned host "
+            "memory, as `ucxgossip doctor` without --device measures it."
+        )
     if any(row["emulated"] for row in rows):
         lines.append(
             "Some puts are emulated by active messages: each byte is copied by both sides' CPU. "
@@ -116,13 +128,13 @@ def advise(facts: dict[str, object], rows: list[dict[str, Any]]) -> list[str]:
     return lines or ["Puts are served by the transport itself."]
 
 
-def _probe(transport: str) -> dict[str, Any]:
+def _probe(transport: str, device: str = "cpu") -> dict[str, Any]:
     """Run `main` in a child whose UCX writes its choice of protocols to a file."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "ucx.log"
         try:
             child = subprocess.run(
-                [sys.executable, "-m", "ucxgossip.doctor", transport],
+                [sys.executable, "-m", "ucxgossip.doctor", transport, device],
                 env={**os.environ, "UCX_LOG_FILE": str(log)},
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
@@ -138,7 +150,7 @@ def _probe(transport: str) -> dict[str, Any]:
             raise BenchError(f"doctor: the probe over {transport} failed: {''.join(said)}")
         found: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
         text = log.read_text(errors="replace") if log.exists() else ""
-    protocols = parse_protocols(text)
+    protocols = parse_protocols(text, "host" if device == "cpu" else "cuda")
     for row in found["rows"]:
         if found["facts"]["mapped"]:
             # The engine stores there itself; what UCX would choose after a fence does not matter.
@@ -150,14 +162,17 @@ def _probe(transport: str) -> dict[str, Any]:
     return found
 
 
-def parse_protocols(text: str) -> list[tuple[float, float, str]]:
-    """(first byte, last byte, protocol) of puts, out of UCX's PROTO_INFO tables (UCX 1.14 on)."""
+def parse_protocols(text: str, memory: str = "host") -> list[tuple[float, float, str]]:
+    """(first byte, last byte, protocol) of puts, out of UCX's PROTO_INFO tables (UCX 1.14 on).
+
+    memory: the kind of memory that they are out of, "host" or "cuda".
+    """
     found: list[tuple[float, float, str]] = []
     inside = False
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
         if _PUT_TABLE in line:
-            inside = "host" in line
+            inside = memory in line
         elif inside and len(cells) == 3 and ".." in cells[0]:
             first, last = cells[0].split("..")
             found.append((_bytes(first), _bytes(last), f"{cells[1]} {cells[2]}".strip()))
@@ -177,11 +192,12 @@ def _bytes(text: str) -> float:
 
 def main() -> None:
     """The probe: measure over a pair, and print the findings as one line of JSON."""
-    transport = sys.argv[1]
+    transport, device = sys.argv[1:3]
     settings = {"PROTO_INFO": "y"} if lib.load().version >= (1, 14, 0) else {}
     rows: list[dict[str, Any]] = []
     try:
-        with Pair(transport, max(SIZES), settings) as pair:
+        with Pair(transport, max(SIZES), settings, device) as pair:
+            verified = device == "cpu" or pair.verify(max(SIZES))
             alone = pair.completes_alone(1 << 20)
             for nbytes in SIZES:
                 latency = median(pair.latency(nbytes, 200, 1))
@@ -199,8 +215,11 @@ def main() -> None:
                 "lanes": " ".join(pair.side.endpoint.transports()) or "unknown before UCX 1.14",
                 "settings": " ".join(f"{k}={v}" for k, v in pair.side.context.settings.items()),
                 "target_must_progress": not alone,
-                "mapped": bool(pair.side.key.pointer(pair.side.remote)),
+                "mapped": device == "cpu" and bool(pair.side.key.pointer(pair.side.remote)),
+                "device": device,
             }
+            if pair.side.memory is not None:
+                facts |= {"gpu": pair.side.memory.describes, "verified": verified}
     except GossipError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     print(json.dumps({"facts": facts, "rows": rows}))

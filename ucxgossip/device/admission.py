@@ -83,7 +83,7 @@ def _cause(environment: Mapping[str, str]) -> str:
             return f"{variable} has backend:cudaMallocAsync; set it to backend:native"
     return (
         "it comes from cudaMallocAsync or from expandable segments. torch: set "
-        f"{_ALLOCATOR_VARIABLES[0]} (before 2.9 {_ALLOCATOR_VARIABLES[1]}) to "
+        f"{_ALLOCATOR_VARIABLES[0]} (formerly {_ALLOCATOR_VARIABLES[1]}) to "
         "backend:native,expandable_segments:False; CuPy: cupy.cuda.set_allocator("
         "cupy.cuda.MemoryPool().malloc)"
     )

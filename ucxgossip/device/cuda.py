@@ -148,6 +148,10 @@ class CudaDevice:
         table[t.CONTEXT], table[t.SCRATCH] = self.context, self._scratch.ctypes.data
         table[t.THREADS], table[t.BLOCKS] = THREADS, _BLOCKS_EACH * processors
 
+    def make_current(self) -> None:
+        """Leave the device's context current in this thread, for libraries that look for one."""
+        self.driver.call("cuCtxPushCurrent_v2", self.context)
+
     def error_name(self, status: int) -> str:
         """``"CUDA_ERROR_LAUNCH_FAILED"`` for 719."""
         return self.driver.error_name(status)

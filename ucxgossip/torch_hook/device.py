@@ -48,8 +48,8 @@ def open_cuda(ordinal: int) -> Device:
     """
     if torch.version.cuda is None:
         raise NoDeviceError(
-            f"torch {torch.__version__} is built for the CPU only; install a build for CUDA (see "
-            "pytorch.org), then pip install 'ucxgossip[cu12]' (or [cu13])"
+            "torch is built for the CPU only; install a build for CUDA (see pytorch.org), then "
+            "pip install 'ucxgossip[cu12]' (or [cu13])"
         )
 
     def current_stream() -> int:

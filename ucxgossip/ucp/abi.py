@@ -101,6 +101,7 @@ class MemMapField(IntFlag):
     ADDRESS = 1 << 0
     LENGTH = 1 << 1
     FLAGS = 1 << 2
+    MEMORY_TYPE = 1 << 4
 
 
 class MemAttrField(IntFlag):
@@ -115,6 +116,7 @@ class OpAttr(IntFlag):
 
     CALLBACK = 1 << 1
     FLAGS = 1 << 4
+    MEMORY_TYPE = 1 << 6
     MEMH = 1 << 8
 
 
@@ -126,6 +128,9 @@ class AmHandlerField(IntFlag):
     CB = 1 << 2
     ARG = 1 << 3
 
+
+MEMORY_TYPE_CUDA = 1
+"""``UCS_MEMORY_TYPE_CUDA``."""
 
 MEM_MAP_ALLOCATE = 1 << 1
 EP_CLOSE_FORCE = 1 << 0

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ucxgossip.device import driver
+from ucxgossip.device.admission import check_memory
 from ucxgossip.errors import ArgumentError, ArrayError
 from ucxgossip.ucp import abi
 from ucxgossip.ucp.context import Context
@@ -21,15 +24,23 @@ class MemoryRegion(Resource):
     Memory that others reach over shared memory must be allocated by UCX. Allocated memory is
     zeroed, and views of its `bytes` must not outlive the region. `param` is the
     ``ucp_request_param_t`` of puts out of this region.
+
+    array: a NumPy array, or what has ``__cuda_array_interface__``: memory on a CUDA device, plain
+    (``cudaMalloc``), without `bytes`; `ArrayError` for memory that no other process can map (the
+    message names the allocator setting), `NoDeviceError` without a driver. Untested on hardware.
     """
 
-    def __init__(
-        self, context: Context, nbytes: int | None = None, array: NDArray[Any] | None = None
-    ) -> None:
+    def __init__(self, context: Context, nbytes: int | None = None, array: Any = None) -> None:
         if (nbytes is None) == (array is None):
             raise ArgumentError("MemoryRegion takes either nbytes or array")
         params = abi.MemMapParams(field_mask=abi.MemMapField.ADDRESS | abi.MemMapField.LENGTH)
-        if array is not None:
+        self.on_device = hasattr(array, "__cuda_array_interface__")
+        if self.on_device:
+            params.address, params.length = _device_span(array)
+            params.field_mask |= abi.MemMapField.MEMORY_TYPE
+            params.memory_type = abi.MEMORY_TYPE_CUDA
+            self._array = array
+        elif array is not None:
             if not array.flags.c_contiguous or array.nbytes == 0:
                 raise ArrayError("a registered array must be contiguous and not empty")
             params.address, params.length = array.ctypes.data, array.nbytes
@@ -48,12 +59,17 @@ class MemoryRegion(Resource):
         self.library("ucp_mem_query", handle, ctypes.byref(attr))
         self.address: int = int(params.address or attr.address)
         self.nbytes: int = int(params.length)
-        self.bytes: NDArray[np.uint8] = (
-            np.ctypeslib.as_array((ctypes.c_uint8 * self.nbytes).from_address(self.address))
-            if array is None
-            else array.reshape(-1).view(np.uint8)
-        )
+        self.bytes: NDArray[np.uint8] = np.empty(0, np.uint8)
+        if array is None:
+            self.bytes = np.ctypeslib.as_array(
+                (ctypes.c_uint8 * self.nbytes).from_address(self.address)
+            )
+        elif not self.on_device:
+            self.bytes = array.reshape(-1).view(np.uint8)
         self.param = abi.RequestParam(op_attr_mask=abi.OpAttr.MEMH, memh=handle.value)
+        if self.on_device:  # or UCX asks the driver at each put
+            self.param.op_attr_mask |= abi.OpAttr.MEMORY_TYPE
+            self.param.memory_type = abi.MEMORY_TYPE_CUDA
         if array is None:
             self.bytes[:] = 0
 
@@ -65,6 +81,8 @@ class MemoryRegion(Resource):
     def view(self, dtype: Any, count: int, offset: int = 0) -> NDArray[Any]:
         """`count` elements of `dtype` from byte `offset` on."""
         size = np.dtype(dtype).itemsize * count
+        if self.on_device:
+            raise ArrayError("a view of a region on a device; the CPU cannot read it")
         if offset < 0 or count < 0 or offset + size > self.nbytes:
             raise ArgumentError(
                 f"a view of bytes {offset} to {offset + size} of a region of {self.nbytes}"
@@ -88,6 +106,17 @@ class MemoryRegion(Resource):
 
     def _release(self, handle: int) -> None:
         self.library("ucp_mem_unmap", self.context.handle, handle)
+
+
+def _device_span(array: Any) -> tuple[int, int]:
+    """Address and bytes of an array on a device that can be registered; `ArrayError` else."""
+    interface = array.__cuda_array_interface__
+    address, read_only = interface["data"]
+    nbytes = math.prod(interface["shape"]) * np.dtype(interface["typestr"]).itemsize
+    if nbytes == 0 or read_only or interface.get("strides") is not None:
+        raise ArrayError("a registered array must be contiguous, writeable and not empty")
+    check_memory(driver.load(), int(address))
+    return int(address), nbytes
 
 
 class RemoteKey(Resource):
