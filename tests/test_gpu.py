@@ -5,8 +5,12 @@ jobs run on the fake device instead, under names of their own: that shows that t
 and nothing of CUDA.
 """
 
+import importlib.util
 import json
+import signal
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,6 +19,18 @@ import torch
 from ucxgossip.bench.spawn import run_ranks
 from ucxgossip.errors import BenchError
 
+
+def load(name: str) -> ModuleType:
+    """Test modules are not importable by name (``--import-mode=importlib``)."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+lost = load("test_lost_ranks")
 SCRIPT = str(Path(__file__).with_name("gpu_ranks.py"))
 DEADLINE_S = 280.0
 RIGHT: dict[str, Any] = {
@@ -76,6 +92,25 @@ def test_what_the_driver_says_of_allocators() -> None:
         check_memory(driver.load(), asynchronous.ptr)
 
 
+@pytest.mark.gpu
+@pytest.mark.spawn
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("transport", ["tcp", "shm"])
+def test_the_others_go_on_on_cuda(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on(transport, "cuda", monkeypatch)
+
+
+def go_on(transport: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four ranks one is killed, and one more: what the others have stays whole."""
+    monkeypatch.setattr(lost, "SCRIPT", str(Path(__file__).with_name("lost_device.py")))
+    monkeypatch.setenv("GOSSIP_TEST_DEVICE", device)
+    with lost.started(4, transport, 2) as job:
+        job.signal(0, signal.SIGKILL)
+        job.signal(2, signal.SIGKILL)
+        ends = job.ends([1, 3])
+    lost.check(ends, [1, 3], [0, 2])
+
+
 # --- the jobs themselves -----------------------------------------------------------------------
 
 
@@ -83,3 +118,9 @@ def test_what_the_driver_says_of_allocators() -> None:
 @pytest.mark.parametrize("job", RIGHT)
 def test_the_job_is_right_on_a_fake(job: str) -> None:
     assert run(job, "fake", "shm", 2) == RIGHT[job]
+
+
+@pytest.mark.spawn
+@pytest.mark.parametrize("transport", ["tcp", "shm"])
+def test_the_others_go_on_on_a_fake(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on(transport, "fake", monkeypatch)
