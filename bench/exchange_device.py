@@ -40,6 +40,9 @@ class OursOnDevice:
         self._streams = [
             DeviceInPlace(group, twin, self._schedule, self._meter) for twin in self._twins
         ]
+        group.agree("bench exchange", {})  # all are equipped
+        for stream in self._streams:
+            stream.begin()
 
     def once(self) -> None:
         """One whole round, to the end of the device's work."""

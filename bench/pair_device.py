@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from ucxgossip.device import driver as cuda
+from ucxgossip.device.admission import check_wheel
 from ucxgossip.device.cuda import CudaDevice
 from ucxgossip.kernels.cuda_whole import KINDS, names
+from ucxgossip.ucp import lib
 
 DEVICES = ("cpu", "cuda")
 
@@ -32,6 +34,7 @@ class PairMemory:
 
     def __init__(self, nbytes: int, side: int) -> None:
         driver = cuda.load()
+        check_wheel(driver, lib.load().origin)
         count = driver.count()
         kernels = dict.fromkeys((name for kind in KINDS for name in names(kind)), 0)
         self.device = CudaDevice(side % max(count, 1), lambda: 0, driver, lambda _: kernels)

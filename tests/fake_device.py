@@ -13,6 +13,7 @@ completed, as a stream would wait.
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 import threading
 import time
@@ -71,6 +72,8 @@ class FakeDevice:
     def __init__(self, seed: int = 0, pace: int = 1, pins: bool = True) -> None:
         self.random, self.pace, self.pins = random.Random(seed), pace, pins
         self.lock = threading.RLock()
+        self.exports, self.exported = True, 0
+        self.mapped: list[int] = []
         self.queues: dict[int, deque[tuple[str, Callable[[], bool]]]] = {
             stream: deque() for stream in STREAMS
         }
@@ -294,6 +297,20 @@ class FakeDevice:
 
     def write(self, address: int, values: NDArray[Any]) -> None:
         ctypes.memmove(address, values.ctypes.data, values.nbytes)
+
+    def export(self, memory: FakeMemory) -> bytes:
+        self.exported += 1
+        return f"{os.getpid()} {memory.address}".encode() if self.exports else b""
+
+    def map(self, handle: bytes) -> int:
+        process, address = handle.split()
+        if int(process) != os.getpid():
+            return 0
+        self.mapped.append(int(address))
+        return int(address)
+
+    def unmap(self, address: int) -> None:
+        self.mapped.remove(address)
 
     def settle(self, timeout: float) -> bool:
         deadline = time.monotonic() + timeout

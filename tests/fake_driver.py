@@ -38,6 +38,7 @@ class FakeLibrary:
         self.pending: dict[int, int] = {}
         self.memory: dict[int, Any] = {}
         self.live: set[int] = set()
+        self.mapped: list[int] = []
         self._last = 0x100
         self._kept: list[Any] = []
         for name, argtypes in cuda._PROTOTYPES.items():
@@ -121,6 +122,25 @@ class FakeLibrary:
     def do_cuPointerGetAttribute(self, out: int, attribute: int, address: int) -> int:
         return put(out, self.attributes[attribute], ctypes.c_int)
 
+    def do_cuMemGetAddressRange(self, base: int, size: int, address: int) -> int:
+        put(size, 1 << 21)
+        return put(base, address - 256)
+
+    def do_cuIpcGetMemHandle(self, out: int, base: int) -> int:
+        ctypes.memmove(out, base.to_bytes(8, "little") + b"handle".ljust(56, b"."), 64)
+        return 0
+
+    def do_cuIpcOpenMemHandle(self, out: int, handle: int, flags: int) -> int:
+        raw = bytes((ctypes.c_uint8 * 64).from_address(handle))
+        assert raw[8:14] == b"handle" and flags == 1 and self.contexts
+        base = int.from_bytes(raw[:8], "little")
+        self.mapped.append(base)
+        return put(out, base)
+
+    def do_cuIpcCloseMemHandle(self, base: int) -> int:
+        self.mapped.remove(base)
+        return 0
+
     def do_cuEventCreate(self, out: int, flags: int) -> int:
         assert flags == cuda.EVENT_DISABLE_TIMING and self.contexts
         return put(out, self.new())
@@ -160,7 +180,10 @@ class Callable:
 
     def __call__(self, *arguments: Any) -> int:
         assert len(arguments) == len(self.argtypes)
-        words = [
-            kind(value).value or 0 for kind, value in zip(self.argtypes, arguments, strict=True)
-        ]
+        words = []
+        for kind, value in zip(self.argtypes, arguments, strict=True):
+            if isinstance(value, ctypes.Structure):  # goes by value; by its address here
+                words.append(ctypes.addressof(value))
+            else:
+                words.append(kind(value).value or 0)
         return int(self._function(*words))

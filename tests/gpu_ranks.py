@@ -60,6 +60,7 @@ def rounds(group: ug.Group, kind: str) -> dict[str, object]:
             whole.write(around)
             array = DeviceArray(device, memory, np.dtype(dtype), count)
             stream = DeviceInPlace(group, array, schedule, Meter())
+            stream.begin()
             for step in range(ROUNDS):
                 stream.post()
                 stream.wait()
@@ -186,8 +187,19 @@ def killed(group: ug.Group, kind: str) -> dict[str, object]:
     os._exit(0)
 
 
+def ways(group: ug.Group, kind: str) -> dict[str, object]:
+    """To how many others' devices this rank found a way; the driver may refuse any."""
+    device = open_device(kind)
+    memory = device.allocate(1 << 20)
+    array = DeviceArray(device, memory, np.dtype(np.float32), 1 << 18)
+    stream = DeviceInPlace(group, array, ug.Dissemination(group.size), Meter())
+    group.agree("equipped", {})
+    stream.begin()
+    return {"ways": len(stream.staging.ways)}
+
+
 JOBS: dict[str, Callable[[ug.Group, str], dict[str, object]]] = {
-    each.__name__: each for each in (rounds, attach, poison, queued, killed)
+    each.__name__: each for each in (rounds, attach, poison, queued, killed, ways)
 }
 
 

@@ -6,6 +6,7 @@ What a driver does is for the tests marked `gpu` (test_gpu.py).
 import ctypes
 import gc
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -129,6 +130,27 @@ def test_reads_and_writes_go_by_the_current_stream(device: Any, library: Any) ->
     copies = [arguments for name, arguments in library.calls if name == "cuMemcpyAsync"]
     assert {arguments[3] for arguments in copies} == {STREAM}
     assert library.names().count("cuEventQuery") == 4  # until they have ended
+
+
+def test_memory_of_another_process(
+    device: Any, library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A handle names the allocation; what is mapped is the place in it."""
+    memory = device.allocate(64)
+    handle = device.export(memory)
+    assert device.map(handle) == 0  # this process's own: the driver refuses that
+    assert device.map(b"") == device.map(handle[:-1]) == 0
+    own = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: own + 1)
+    assert device.map(handle) == memory.address
+    assert library.mapped == [memory.address - 256]
+    device.unmap(memory.address)
+    assert library.mapped == []
+    assert device.map(b"another host".ljust(64, b"\0") + handle[64:]) == 0
+    library.fails["cuIpcOpenMemHandle_v2"] = 201
+    assert device.map(handle) == 0
+    library.fails = {"cuIpcGetMemHandle": 1}
+    assert device.export(memory) == b""
 
 
 def test_pinning(device: Any, library: Any) -> None:

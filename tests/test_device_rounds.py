@@ -5,6 +5,7 @@ and kernels are ordered by streams as the fake's are) is left to the tests marke
 """
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,12 +41,25 @@ OUT, IN, HOST = fake.OUT, fake.IN, fake.HOST
 class DevicePair:
     """The two ranks of `test_engine.Pair`; those in `on` exchange memory of a fake device."""
 
-    def __init__(self, pair: Any, on: tuple[int, ...], pace: int, seed: int = 0) -> None:
+    def __init__(
+        self, pair: Any, on: tuple[int, ...], pace: int, seed: int = 0, direct: bool = False
+    ) -> None:
         self.pair, self.on = pair, on
         self.device = fake.FakeDevice(seed, pace)
         self.stagings = {
             rank: pair.engines[rank].equip(pair.boxes[rank], self.device) for rank in on
         }
+
+        if direct:
+            for rank in on:
+                assert self.stagings[rank].expose()
+            for rank in on:
+                for other in on:
+                    if other != rank:
+                        way = self.stagings[other]._slots_there.address
+                        self.stagings[rank].take_way(
+                            other, self.device.map(f"{os.getpid()} {way}".encode())
+                        )
 
     def memory(self, values: np.ndarray) -> Any:
         """`values` on the device; the array views it."""
@@ -95,9 +109,9 @@ def make(transport: str) -> Iterator[Callable[..., DevicePair]]:
     def build(
         nbytes: int, depth: int = 2, on: tuple[int, ...] = (0, 1), pace: int = 1, **more: Any
     ) -> DevicePair:
-        seed = more.pop("seed", 0)
+        seed, direct = more.pop("seed", 0), more.pop("direct", False)
         pair = engines.make_pair(transport, nbytes, depth, **more)
-        made.append(DevicePair(pair, on, pace, seed))
+        made.append(DevicePair(pair, on, pace, seed, direct))
         return made[-1]
 
     yield build
@@ -109,7 +123,7 @@ def make(transport: str) -> Iterator[Callable[..., DevicePair]]:
             engine.close()
             engine.context.close()
         assert each.device.idle()
-        assert not each.device.pinned and not each.device.live
+        assert not each.device.pinned and not each.device.live and not each.device.mapped
 
 
 def values_of(count: int, seed: int, dtype: Any = np.float32) -> list[np.ndarray]:
@@ -124,16 +138,20 @@ def mean(mine: np.ndarray, other: np.ndarray, alpha: float = 0.5) -> np.ndarray:
 # --- values ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("on", [(0, 1), (0,)], ids=["both", "one with a host"])
+@pytest.mark.parametrize(
+    ("on", "direct"),
+    [((0, 1), False), ((0,), False), ((0, 1), True)],
+    ids=["both", "one with a host", "both, direct"],
+)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("count", [3, 700, 2500])
 def test_rounds_mix_as_on_the_host(
-    make: Callable[..., DevicePair], on: tuple[int, ...], dtype: Any, count: int
+    make: Callable[..., DevicePair], on: tuple[int, ...], direct: bool, dtype: Any, count: int
 ) -> None:
     """Both ranks' values after several rounds, whatever the order of the device's work."""
     for seed, pace in ((1, 1), (2, 1), (3, 2), (4, 7)):
         values = values_of(count, seed, dtype)
-        both = make(values[0].nbytes, on=on, pace=pace, seed=seed)
+        both = make(values[0].nbytes, on=on, pace=pace, seed=seed, direct=direct)
         memories = [both.memory(each) for each in values]
         for _ in range(5):
             for rank in (0, 1):
@@ -376,6 +394,83 @@ def test_launched_is_waited_for(make: Callable[..., DevicePair]) -> None:
     assert (error.rank, error.what) == (0, "to mix on fake:0 what has come")
     both.device.pace = 1
     assert engine.wait(box, engines.DEADLINE_S)
+
+
+# --- straight into the partner's slots on its device -------------------------------------------
+
+
+def test_chunks_go_straight_to_the_partners_device(make: Callable[..., DevicePair]) -> None:
+    """No host slot is written; a chunk is signalled once its copy has completed, and not before."""
+    values = values_of(3 * CHUNK // 4, 21)
+    both = make(values[0].nbytes, pace=0, direct=True)
+    memories = [both.memory(each) for each in values]
+    for rank in (0, 1):
+        both.post(rank, memories[rank])
+    both.tick_out(HOST)
+    both.pair.settle(0)
+    assert both.word(0, d.COPIED) == 3 and both.pair.word(0, w.PUT) == 0
+    both.device.tick(OUT)
+    both.pair.settle(0)
+    assert both.pair.word(0, w.PUT) == both.pair.word(1, w.PUT) == 0
+    both.device.pace = 1
+    both.pair.until(both.pair.ended)
+    for rank in (0, 1):
+        expected = mean(values[rank], values[1 - rank])
+        assert np.array_equal(memories[rank].view(np.float32, len(values[0])), expected)
+        assert not both.pair.boxes[rank].slot(0, np.uint8, values[0].nbytes).any()
+        assert both.stagings[rank].ways == [1 - rank]
+
+
+def test_direct_waits_for_the_credit_of_its_place(make: Callable[..., DevicePair]) -> None:
+    values = values_of(500, 23)
+    both = make(values[0].nbytes, depth=1, pace=1, direct=True)
+    memories = [both.memory(each) for each in values]
+    both.post(0, memories[0])  # rank 1 has not posted, and has given no credit
+    both.pair.settle(0)
+    assert both.word(0, d.PHASE) == d.MOVING and both.word(0, d.COPIED) == 0
+    both.post(1, memories[1])
+    both.pair.until(both.pair.ended)
+    assert np.array_equal(memories[0].view(np.float32, 500), mean(values[0], values[1]))
+
+
+def test_ways_end_with_a_change_of_members(make: Callable[..., DevicePair]) -> None:
+    values = values_of(500, 24)
+    both = make(values[0].nbytes, pace=1, direct=True)
+    memories = [both.memory(each) for each in values]
+    for rank in (0, 1):
+        both.post(rank, memories[rank])
+    both.pair.until(both.pair.ended)
+    assert both.device.mapped
+    for engine in both.pair.engines:
+        engine.renew(1, elsewhere=True)
+    for rank in (0, 1):
+        assert both.stagings[rank].ways == []
+        assert both.word(rank, d.SLOTS_HERE) == both.word(rank, d.WAYS) == 0
+    assert both.device.mapped == []
+
+
+def test_ways_are_tried_before_they_are_taken(make: Callable[..., DevicePair]) -> None:
+    both = make(4096, pace=1)
+    here, there = both.stagings[0], both.stagings[1]
+    token = bytes(range(16))
+    assert not there.seen(0, token)
+    handle = there.expose()
+    assert handle == there.expose() and both.device.exported == 1
+    address = here.try_way(1, 0, handle, token)
+    assert there.seen(0, token) and not there.seen(1, token) and not there.seen(5, token)
+    here.take_way(1, address)
+    assert here.ways == [1]
+    assert here.try_way(1, 0, b"1 5", token) == 0  # of another process
+
+
+def test_no_ways_where_checksums_travel_or_nothing_is_exported(
+    make: Callable[..., DevicePair],
+) -> None:
+    assert make(4096, verify=True).stagings[0].expose() == b""
+    both = make(4096)
+    both.device.exports = False
+    assert both.stagings[0].expose() == b""
+    assert both.word(0, d.SLOTS_HERE) == 0
 
 
 # --- what goes wrong ---------------------------------------------------------------------------

@@ -71,6 +71,15 @@ def test_on_cuda(job: str, ranks: int, transport: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.spawn
 @pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("transport", ["tcp", "shm"])
+def test_ways_between_processes(transport: str) -> None:
+    """On one device, and between devices that the driver can connect."""
+    assert run("ways", "cuda", transport, 2) == {"ways": 1}
+
+
+@pytest.mark.gpu
+@pytest.mark.spawn
+@pytest.mark.usefixtures("gpu")
 def test_a_killed_rank_leaves_no_stream_hanging() -> None:
     with pytest.raises(BenchError, match="rank 1 of 3 ended on SIGKILL"):
         run("killed", "cuda", "tcp", 3)
@@ -118,6 +127,11 @@ def go_on(transport: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("job", RIGHT)
 def test_the_job_is_right_on_a_fake(job: str) -> None:
     assert run(job, "fake", "shm", 2) == RIGHT[job]
+
+
+@pytest.mark.spawn
+def test_no_ways_between_fakes_of_two_processes() -> None:
+    assert run("ways", "fake", "shm", 2) == {"ways": 0}
 
 
 @pytest.mark.spawn

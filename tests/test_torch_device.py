@@ -98,6 +98,35 @@ def test_training_equals_the_reference(
         assert device.idle() and not device.pinned and not device.live
 
 
+@pytest.mark.parametrize("exports", [True, False])
+def test_ways_between_devices(
+    job: Callable[..., list[Any]],
+    devices: list[Any],
+    exports: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ranks of one host copy into each other's slots, where the devices let them."""
+
+    def body(group: ug.Group) -> list[list[int]]:
+        model = hook.small_model(group.rank)
+        optimizer = hook.make_optimizer("sgd", model)
+        with ug.attach(model, optimizer, group, bucket_bytes=200) as gossip:
+            gossip.synchronize()  # begins once more
+            return [
+                stream.staging.ways
+                for bucket in gossip._buckets
+                for stream in (bucket.gradients_stream, bucket.weights_stream)
+            ]
+
+    if not exports:
+        monkeypatch.setattr(fake.FakeDevice, "export", lambda *_: b"")
+    for rank, found in enumerate(job(3, body)):
+        others = [other for other in range(3) if other != rank]
+        assert all(ways == (others if exports else []) for ways in found) and found
+    for device in devices:
+        assert device.mapped == []
+
+
 def test_ranks_need_not_all_have_a_device(
     job: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

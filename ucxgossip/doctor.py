@@ -24,6 +24,7 @@ from ucxgossip.bench.environment import environment
 from ucxgossip.bench.pair import Pair, check_device
 from ucxgossip.bench.table import Column, Table
 from ucxgossip.device import driver
+from ucxgossip.device.admission import check_wheel
 from ucxgossip.errors import BenchError, GossipError
 from ucxgossip.group import usual_tuning
 from ucxgossip.mailbox import SMALL, usual_depth
@@ -52,7 +53,7 @@ def run(
     """
     check_device(device)
     if device == "cuda":
-        driver.load()  # refuses before anything is printed
+        check_wheel(driver.load(), lib.load().origin)  # refuses before anything is printed
     library = lib.load()
     facts = environment(".".join(map(str, library.version)), library.path)
     facts |= {

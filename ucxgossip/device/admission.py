@@ -22,24 +22,35 @@ _ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _WHEELS = {"libucx-cu12": 12, "libucx-cu13": 13}
 
 
-def check_installed(driver: Driver, ucx_origin: str) -> None:
-    """`MissingExtraError` without CuPy, `CudaVersionError` for a UCX wheel of a newer CUDA.
+def check_wheel(driver: Driver, ucx_origin: str) -> None:
+    """`CudaVersionError` for a UCX wheel of a newer CUDA than the driver serves.
 
-    ucx_origin: as `ucp.lib.Library.origin` has it.
+    ucx_origin: as `ucp.lib.Library.origin` has it. The wheel's CUDA runtime is its own, and works
+    with any driver that is not older.
     """
     major, minor = driver.version
-    extra = f"cu{min(max(major, 12), 13)}"
     for wheel, wanted in _WHEELS.items():
         if ucx_origin == "wheel" and _installed(wheel) and wanted > major:
             raise CudaVersionError(
                 f"the UCX wheel {wheel} is for CUDA {wanted}, but this machine's driver serves "
-                f"CUDA {major}.{minor}: pip uninstall {wheel}; pip install 'ucxgossip[{extra}]'"
+                f"CUDA {major}.{minor}: pip uninstall {wheel}; pip install "
+                f"'ucxgossip[{_extra(driver)}]'"
             )
+
+
+def check_installed(driver: Driver, ucx_origin: str) -> None:
+    """`MissingExtraError` without CuPy; `CudaVersionError` as `check_wheel`."""
+    check_wheel(driver, ucx_origin)
     if util.find_spec("cupy") is None:
         raise MissingExtraError(
             "models on CUDA need CuPy, which compiles the mixing kernels, and it is not installed: "
-            f"pip install 'ucxgossip[{extra}]'"
+            f"pip install 'ucxgossip[{_extra(driver)}]'"
         )
+
+
+def _extra(driver: Driver) -> str:
+    """The extra for the driver's CUDA."""
+    return f"cu{min(max(driver.version[0], 12), 13)}"
 
 
 def _installed(distribution: str) -> bool:

@@ -15,9 +15,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
+import struct
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +32,7 @@ from ucxgossip.device import driver as cuda
 from ucxgossip.device import table as t
 from ucxgossip.device.admission import check_installed, check_memory
 from ucxgossip.device.driver import Driver
+from ucxgossip.device.protocol import DeviceMemory
 from ucxgossip.errors import DeviceError, NoDeviceError
 from ucxgossip.kernels.cuda_source import THREADS
 from ucxgossip.kernels.cuda_whole import KINDS, WHOLE_SOURCE, names
@@ -61,6 +67,19 @@ _modules: list[Any] = []
 """Kernels stay loaded as long as the process: the engine has their handles."""
 
 
+_EXPORT = struct.Struct("<64sqQ64s")
+
+
+@lru_cache(maxsize=1)
+def _host() -> bytes:
+    """This host since its last start, for containers of it too."""
+    try:
+        text = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    except OSError:
+        text = platform.node().encode()
+    return text.strip()[:64].ljust(64, b"\0")
+
+
 class CudaMemory:
     """Plain device memory (`ucxgossip.device.DeviceMemory`)."""
 
@@ -88,7 +107,7 @@ class _View:
 
 
 def _free(driver: Driver, context: int, address: int) -> None:
-    with driver.current(context):
+    with suppress(DeviceError), driver.current(context):  # of a device that has failed
         driver.functions["cuMemFree_v2"](address)
 
 
@@ -117,6 +136,7 @@ class CudaDevice:
         self._device = self.driver.number("cuDeviceGet", ordinal)
         self.context = self.driver.word("cuDevicePrimaryCtxRetain", self._device)
         self._scratch = np.zeros(1, np.int64)
+        self._mapped: dict[int, int] = {}
         self.table = np.zeros(t.WORDS, np.int64)
         self._fill(load)
 
@@ -182,6 +202,43 @@ class CudaDevice:
         """``cuMemHostUnregister``."""
         with self.driver.current(self.context):
             self.driver.functions["cuMemHostUnregister"](address)
+
+    def export(self, memory: DeviceMemory) -> bytes:
+        """``cuIpcGetMemHandle``, with host, process, and the place within its allocation."""
+        base, size = ctypes.c_uint64(), ctypes.c_size_t()
+        handle = cuda.IpcHandle()
+        functions = self.driver.functions
+        with self.driver.current(self.context):
+            found = functions["cuMemGetAddressRange_v2"](
+                ctypes.addressof(base), ctypes.addressof(size), memory.address
+            )
+            if found or functions["cuIpcGetMemHandle"](ctypes.addressof(handle), base.value):
+                return b""
+        return _EXPORT.pack(_host(), os.getpid(), memory.address - base.value, bytes(handle))
+
+    def map(self, handle: bytes) -> int:
+        """``cuIpcOpenMemHandle``; 0 for another host's, for this process's own, or on an error."""
+        if len(handle) != _EXPORT.size:
+            return 0
+        host, process, offset, raw = _EXPORT.unpack(handle)
+        if host != _host() or process == os.getpid():
+            return 0
+        base = ctypes.c_uint64()
+        with self.driver.current(self.context):
+            status = self.driver.functions["cuIpcOpenMemHandle_v2"](
+                ctypes.addressof(base),
+                cuda.IpcHandle.from_buffer_copy(raw),
+                cuda.IPC_LAZY_ENABLE_PEER_ACCESS,
+            )
+        if status != 0:
+            return 0
+        self._mapped[base.value + offset] = base.value
+        return int(base.value + offset)
+
+    def unmap(self, address: int) -> None:
+        """``cuIpcCloseMemHandle``; the exporter may be gone."""
+        with self.driver.current(self.context):
+            self.driver.functions["cuIpcCloseMemHandle"](self._mapped.pop(address))
 
     def read(self, address: int, into: NDArray[Any]) -> None:
         """Fill a contiguous host array from device memory, after the current stream's work."""

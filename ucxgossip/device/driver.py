@@ -24,10 +24,18 @@ LIBRARY = "libcuda.so.1"
 EVENT_DISABLE_TIMING = 2
 STREAM_NON_BLOCKING = 1
 HOST_REGISTER_PORTABLE = 1
+IPC_LAZY_ENABLE_PEER_ACCESS = 1
 MULTIPROCESSOR_COUNT = 16
 NO_DEVICE = 100
 POINTER_MEMORY_TYPE, POINTER_IS_MANAGED, POINTER_LEGACY_IPC = 2, 8, 10
 MEMORY_TYPE_DEVICE = 2
+
+
+class IpcHandle(ctypes.Structure):
+    """``CUipcMemHandle``, which goes by value."""
+
+    _fields_ = (("reserved", ctypes.c_char * 64),)
+
 
 _word, _int, _out = ctypes.c_uint64, ctypes.c_int, ctypes.c_void_p
 _PROTOTYPES: dict[str, tuple[Any, ...]] = {
@@ -47,6 +55,10 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuMemsetD8_v2": (_word, ctypes.c_ubyte, ctypes.c_size_t),
     "cuMemHostRegister_v2": (_word, ctypes.c_size_t, ctypes.c_uint),
     "cuMemHostUnregister": (_word,),
+    "cuMemGetAddressRange_v2": (_out, _out, _word),
+    "cuIpcGetMemHandle": (_out, _word),
+    "cuIpcOpenMemHandle_v2": (_out, IpcHandle, ctypes.c_uint),
+    "cuIpcCloseMemHandle": (_word,),
     "cuPointerGetAttribute": (_out, _int, _word),
     "cuEventCreate": (_out, ctypes.c_uint),
     "cuEventDestroy_v2": (_word,),

@@ -71,5 +71,14 @@ class Device(Protocol):
     def write(self, address: int, values: NDArray[Any]) -> None:
         """Fill device memory from a contiguous host array, after the current stream's work."""
 
+    def export(self, memory: DeviceMemory) -> bytes:
+        """By which another process of this host can `map` the memory; empty where none can."""
+
+    def map(self, handle: bytes) -> int:
+        """Where this process sees memory that another one exported; 0 where it does not."""
+
+    def unmap(self, address: int) -> None:
+        """Give back what `map` returned."""
+
     def settle(self, timeout: float) -> bool:
         """Wait until the engine's two streams hold nothing; False after `timeout` seconds."""

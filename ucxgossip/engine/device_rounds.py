@@ -18,6 +18,12 @@ The device does its work on two streams of ours, and tells by events when it is 
 5. Distances and what was left out come to the host behind that, with an event of their own. Then
    the round ends.
 
+Where the partner is a process of this host that could map its slots on its device (`Staging`), a
+chunk is copied straight into those, and nothing is staged: that needs the slot's credit before the
+copy, the signal goes once the copy has completed, and says with `ON_DEVICE` where the chunk is. The
+copy's event is what orders the two; no fence is needed. Small rounds over a network, which go as
+one message, are staged all the same.
+
 So the host waits, at most, until the partner's chunks have come and are enqueued. A wait on the
 stream for the partner itself (``cuStreamWaitValue32``) was rejected: a partner that dies would hang
 the stream, and whoever waits for it, for ever.
@@ -34,8 +40,15 @@ from ucxgossip.device import table as t
 from ucxgossip.engine import rounds
 from ucxgossip.engine import words as w
 from ucxgossip.engine.checks import intact
-from ucxgossip.engine.handlers import arrived, place_of, place_offset, position
+from ucxgossip.engine.handlers import (
+    place_of,
+    place_offset,
+    position,
+    signal_words,
+    word_of,
+)
 from ucxgossip.kernels.cpu import CAME_IN, OWN
+from ucxgossip.ucp import ops
 
 # --- words of a mailbox's device side: fixed ---------------------------------------------------
 TABLE = 0  # address of the device's table
@@ -61,6 +74,9 @@ PHASE = 17
 COPIED = 18  # chunks whose copy to staging memory is enqueued
 LEFT = 19  # chunks whose copy has completed
 ENQUEUED = 20  # chunks whose mix is enqueued
+SLOTS_HERE = 21  # device address of this rank's slots there; 0: nobody may put to them
+WAYS = 22  # address of: where this process sees other ranks' slots on their devices, or 0
+WAY = 23  # the partner's of this round
 ARGUMENTS = 24  # of a kernel: five values, then their five addresses
 WORDS = 40
 
@@ -112,6 +128,18 @@ def _event(address: int, place: int) -> int:
 
 
 @jit.njit
+def _way(engine: Any, mailbox: Any, device: Any) -> int:
+    """Where the partner's slots on its device are, if this round's chunks go there; else 0."""
+    to = mailbox[w.TO]
+    if to < 0 or device[WAYS] == 0 or mailbox[w.CHECKS] != 0:
+        return 0
+    mapped = rounds._peer(engine, mailbox, to)[2] != 0
+    if not mapped and mailbox[w.NBYTES] <= engine[w.EAGER]:
+        return 0
+    return jit.view_words(device[WAYS], engine[w.RANKS])[to]  # type: ignore[no-any-return]
+
+
+@jit.njit
 def _begin(mailbox: Any, device: Any, table: Any) -> int:
     """Start on a round whose source's event has completed; an error, or 0."""
     device[PHASE] = MOVING
@@ -121,16 +149,23 @@ def _begin(mailbox: Any, device: Any, table: Any) -> int:
 
 
 @jit.njit
-def _copy_out(mailbox: Any, device: Any, table: Any) -> int:
-    """Enqueue the copy of the next chunk to its staging place if that is free; 1 if it was."""
+def _copy_out(engine: Any, mailbox: Any, device: Any, table: Any) -> int:
+    """Enqueue the copy of the next chunk to where it goes if that is free; 1 if it was."""
     part = device[COPIED]
     free = part - mailbox[w.SENT] < device[OUT_PLACES]
     if mailbox[w.TO] < 0 or part == mailbox[w.PARTS] or not free:
         return 0
     place = part % device[OUT_PLACES]
+    to = device[OUT] + place * mailbox[w.CHUNK]
+    if device[WAY] != 0:
+        number = mailbox[w.ROUND]
+        credits = jit.view_words(mailbox[w.CREDITS], engine[w.RANKS])
+        if jit.load_acquire(credits, mailbox[w.TO]) <= position(mailbox, number, part):
+            return 0
+        to = device[WAY] + place_offset(mailbox, place_of(mailbox, number, part))
     status = t.copy(
         table,
-        device[OUT] + place * mailbox[w.CHUNK],
+        to,
         device[SOURCE] + part * mailbox[w.CHUNK],
         _nbytes_of(mailbox, part),
         table[t.OUT],
@@ -159,9 +194,38 @@ def _see_left(mailbox: Any, device: Any, table: Any) -> int:
 
 
 @jit.njit
+def _signal(engine: Any, mailbox: Any, part: int) -> int:
+    """Say that chunk `part` is in its slot on the partner's device; an error status, or 0."""
+    to, number = mailbox[w.TO], mailbox[w.ROUND]
+    place = place_of(mailbox, number, part)
+    word = word_of(engine, mailbox, number, part) | w.ON_DEVICE
+    peer = rounds._peer(engine, mailbox, to)
+    if peer[2] != 0:
+        signals = jit.view_words(peer[2] + mailbox[w.SIGNALS_OFFSET] + 8 * place, 1)
+        jit.store_release(signals, 0, word)
+        return rounds._ring(engine, mailbox, part) if rounds._dozes(mailbox, peer[2]) else 0
+    kept = mailbox[w.OUTGOING] + 8 * rounds._outgoing(mailbox, part)
+    jit.view_words(kept, 1)[0] = word
+    remote = peer[0] + mailbox[w.SIGNALS_OFFSET] + 8 * place
+    endpoint = rounds._endpoint(engine, to)
+    status = rounds._forget(ops.put(endpoint, kept, 8, remote, peer[1], mailbox[w.OUT_PARAM]))
+    if status == 0 and not jit.view_words(engine[w.WAKES], engine[w.RANKS])[to]:
+        status = rounds._ring(engine, mailbox, part)
+    return status
+
+
+@jit.njit
 def _put(engine: Any, mailbox: Any, device: Any) -> int:
-    """Put the next chunk from its staging place; 1."""
+    """Put the next chunk from its staging place, or signal one that is in its slot already; 1."""
     part = mailbox[w.PUT]
+    if device[WAY] != 0:
+        status = _signal(engine, mailbox, part)
+        if status < 0:
+            return rounds._fail(mailbox, status)
+        requests = jit.view_words(mailbox[w.REQUESTS], mailbox[w.WINDOW])
+        requests[part % mailbox[w.WINDOW]] = 0
+        mailbox[w.PUT] = part + 1
+        return 1
     staging = device[OUT] + (part % device[OUT_PLACES]) * mailbox[w.CHUNK]
     # `rounds` finds chunk c of a round at SOURCE + c * CHUNK.
     mailbox[w.SOURCE] = staging - part * mailbox[w.CHUNK]
@@ -207,8 +271,13 @@ def _mix(mailbox: Any, floats: Any, device: Any, table: Any, part: int, source: 
 
 
 @jit.njit
-def _take_in(mailbox: Any, floats: Any, device: Any, table: Any, part: int, came: int) -> int:
-    """Enqueue all that is done with chunk `part`, in its slot at `came`; an error, or 0."""
+def _take_in(
+    mailbox: Any, floats: Any, device: Any, table: Any, part: int, came: int, there: bool
+) -> int:
+    """Enqueue all that is done with chunk `part`, in its slot at `came`; an error, or 0.
+
+    there: the slot is on the device.
+    """
     nbytes, place = _nbytes_of(mailbox, part), part % device[IN_PLACES]
     if part == 0 and device[TARGET_EVENT] != 0:
         status = t.wait(table, table[t.IN], device[TARGET_EVENT])
@@ -217,6 +286,8 @@ def _take_in(mailbox: Any, floats: Any, device: Any, table: Any, part: int, came
     if mailbox[w.OPERATION] == w.COPY:
         target = mailbox[w.TARGET] + part * mailbox[w.CHUNK]
         status = t.copy(table, target, came, nbytes, table[t.IN])
+    elif there:
+        status = _mix(mailbox, floats, device, table, part, came)
     else:
         inside = device[IN] + place * mailbox[w.CHUNK]
         status = t.copy(table, inside, came, nbytes, table[t.IN])
@@ -238,12 +309,16 @@ def _take_next(engine: Any, mailbox: Any, floats: Any, device: Any, table: Any) 
     if mailbox[w.TO] >= 0 and device[LEFT] <= part and device[SOURCE] == mailbox[w.TARGET]:
         return 0
     number = mailbox[w.ROUND]
-    if not arrived(engine, mailbox, number, part):
+    place, expected = place_of(mailbox, number, part), word_of(engine, mailbox, number, part)
+    found = jit.load_acquire(signal_words(mailbox), place)
+    there = device[SLOTS_HERE] != 0 and found == expected | w.ON_DEVICE
+    if found != expected and not there:
         return 0
-    came = mailbox[w.SLOTS] + place_offset(mailbox, place_of(mailbox, number, part))
-    if not intact(engine, mailbox, number, part, came, _nbytes_of(mailbox, part)):
+    slots = device[SLOTS_HERE] if there else mailbox[w.SLOTS]
+    came = slots + place_offset(mailbox, place)
+    if not there and not intact(engine, mailbox, number, part, came, _nbytes_of(mailbox, part)):
         return rounds._fail(mailbox, w.CORRUPT)
-    status = _take_in(mailbox, floats, device, table, part, came)
+    status = _take_in(mailbox, floats, device, table, part, came, there)
     if status != 0:
         return _broken(mailbox, status)
     device[ENQUEUED] = part + 1
@@ -332,7 +407,7 @@ def _step(engine: Any, mailbox: Any, floats: Any, device: Any, table: Any, turn:
     if mailbox[w.STATE] != w.FAILED:
         moved += rounds._reap(mailbox)
     if mailbox[w.STATE] != w.FAILED:
-        moved += _copy_out(mailbox, device, table)
+        moved += _copy_out(engine, mailbox, device, table)
     if mailbox[w.STATE] != w.FAILED:
         moved += _take_next(engine, mailbox, floats, device, table)
     if mailbox[w.STATE] != w.FAILED:
@@ -364,6 +439,7 @@ def advance_device(engine: Any, mailbox: Any, floats: Any, turn: bool) -> int:
     device = words_of(mailbox)
     if device[ROUND_TURN] != mailbox[w.TURN]:
         device[SOURCE] = mailbox[w.SOURCE]
+        device[WAY] = _way(engine, mailbox, device)
         device[COPIED] = device[LEFT] = device[ENQUEUED] = 0
         device[PHASE] = WAITING
         jit.store_release(device, ROUND_TURN, mailbox[w.TURN])

@@ -114,6 +114,7 @@ class Engine:
         self._undo = np.zeros(self.tuning.chunk // 8, np.int64)
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._orderly = True
         self._forked = False
         self._closing = threading.RLock()
         forks.watch(self)
@@ -170,6 +171,7 @@ class Engine:
         """End the engine thread: no round moves any more, unless a caller drives."""
         if self._closed:
             return
+        self._orderly = False
         self._stop()
 
     def _stop(self) -> None:
@@ -324,6 +326,7 @@ class Engine:
                 mailbox.renew(elsewhere)
                 self._place(self.table[mailbox.index], mailbox)
             for staging in self.stagings.values():
+                staging.forget_ways()
                 staging.follow()
             self.worker.forget_users()  # of which this engine is one, and goes on
             self.worker.close()
@@ -413,7 +416,7 @@ class Engine:
             endpoint.abandon()
         self._settle_devices()
         for staging in self.stagings.values():
-            staging.close()
+            staging.close(self._orderly)
         for mailbox in self.mailboxes:
             mailbox.close()
         self.worker.close()

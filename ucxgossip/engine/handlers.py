@@ -111,7 +111,8 @@ def arrived(engine: Any, mailbox: Any, number: int, chunk: int) -> bool:
 def seen(engine: Any, mailbox: Any, number: int, chunk: int) -> bool:
     """Whether the signal of a bell has become visible, be it overwritten by a later round's."""
     expected = word_of(engine, mailbox, number, chunk)
-    return jit.load_acquire(signal_words(mailbox), place_of(mailbox, number, chunk)) >= expected
+    found = jit.load_acquire(signal_words(mailbox), place_of(mailbox, number, chunk))
+    return (found & ~w.ON_DEVICE) >= expected
 
 
 @jit.njit

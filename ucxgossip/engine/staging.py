@@ -4,6 +4,12 @@ Slots stay in host memory, pinned where the device can do that, so that its own 
 them; where it cannot, copies are correct but block, and that is said once. Staging places are few:
 a chunk stays in one only until its put has left.
 
+Between processes of one host, slots on the device too can be put to: mapped by the driver's IPC,
+and proved by bytes that the other side has seen (`ucxgossip.mixing.direct`). UCX does the same
+inside (cuda_ipc), but its puts would have to be flushed before each signal, and need a context made
+with CUDA's transports; a copy on a stream of ours is ordered by its event. This way ends with the
+first change of members.
+
 Untested on hardware.
 """
 
@@ -14,7 +20,7 @@ import mmap
 
 import numpy as np
 
-from ucxgossip.device import Device
+from ucxgossip.device import Device, DeviceMemory
 from ucxgossip.engine import device_rounds as d
 from ucxgossip.mailbox import Mailbox
 from ucxgossip.ucp.context import Context
@@ -22,6 +28,11 @@ from ucxgossip.ucp.memory import MemoryRegion
 
 PLACES = 4
 """Chunks that stand in staging memory at a time, each way. Not tuned."""
+
+_kept_for_good: list[DeviceMemory] = []
+
+PROBE = 16
+"""Bytes by which a way between two devices is proved before it is used."""
 
 _PAGE = mmap.PAGESIZE
 _log = logging.getLogger("ucxgossip")
@@ -40,6 +51,9 @@ class Staging:
         self._events = [device.event() for _ in range(2 * places + 4)]
         out, came = (np.array(self._events[i * places : (i + 1) * places]) for i in range(2))
         self._kept = (out, came)
+        self._slots_there: DeviceMemory | None = None
+        self._handle = b""
+        self._ways = np.zeros(layout.ranks, np.int64)
         self.source_event, self.target_event, self.done_event, end_event = self._events[-4:]
         host = _pages(places * layout.chunk)
         self._pin(host.ctypes.data, host.nbytes)
@@ -86,6 +100,69 @@ class Staging:
         if self._pin(start, nbytes):
             self._slots = start
 
+    # --- slots on the device -------------------------------------------------------------------
+
+    def expose(self) -> bytes:
+        """By which processes of this host can put into slots on the device; empty where none can.
+
+        Behind the slots stands a place of `PROBE` bytes for each rank, which `seen` looks at.
+        Calls after the first return the same.
+        """
+        layout = self.mailbox.layout
+        if not self._handle and not layout.verify:
+            self._probes = layout.depth * layout.stride
+            memory = self.device.allocate(self._probes + PROBE * layout.ranks)
+            self._handle = self.device.export(memory)
+            if self._handle:
+                self._slots_there = memory
+                self.words[d.SLOTS_HERE] = memory.address
+        return self._handle
+
+    def seen(self, rank: int, token: bytes) -> bool:
+        """Whether `rank` has put `token` (`PROBE` bytes) into its place behind the slots."""
+        if self._slots_there is None or not 0 <= rank < self.mailbox.layout.ranks:
+            return False
+        found = np.empty(PROBE, np.uint8)
+        self.device.read(self._slots_there.address + self._probes + PROBE * rank, found)
+        return found.tobytes() == token
+
+    def try_way(self, rank: int, here: int, handle: bytes, token: bytes) -> int:
+        """Map the slots of `rank` and put `token` there as rank `here`; their address, or 0."""
+        address = self.device.map(handle)
+        if address:
+            layout = self.mailbox.layout
+            place = address + layout.depth * layout.stride + PROBE * here
+            self.device.write(place, np.frombuffer(token, np.uint8))
+        return address
+
+    def take_way(self, rank: int, address: int) -> None:
+        """Copy chunks for `rank` straight into its slots, which this process sees at `address`."""
+        self._ways[rank] = address
+        self.words[d.WAYS] = self._ways.ctypes.data
+
+    @property
+    def ways(self) -> list[int]:
+        """The ranks into whose slots on their devices this one copies."""
+        return [int(rank) for rank in np.flatnonzero(self._ways)]
+
+    def forget_ways(self) -> None:
+        """Stage all from now on: a rank that was taken for dead may still copy into the slots.
+
+        The device has settled. The slots stay allocated to the end of the process, as that rank
+        may write there.
+        """
+        if self._slots_there is not None:
+            _kept_for_good.append(self._slots_there)
+            self._slots_there = None
+        self._handle = b""
+        self._unmap()
+
+    def _unmap(self) -> None:
+        self.words[d.WAYS] = self.words[d.SLOTS_HERE] = self.words[d.WAY] = 0
+        for rank in self.ways:
+            self.device.unmap(int(self._ways[rank]))
+        self._ways[:] = 0
+
     # --- a round -------------------------------------------------------------------------------
 
     def ready(self) -> None:
@@ -119,8 +196,14 @@ class Staging:
 
     # --- the end -------------------------------------------------------------------------------
 
-    def close(self) -> None:
-        """Give everything back; the device has settled. Further calls do nothing."""
+    def close(self, orderly: bool = True) -> None:
+        """Give everything back; the device has settled. Further calls do nothing.
+
+        orderly: no other rank puts anything any more.
+        """
+        if not orderly:
+            self.forget_ways()
+        self._unmap()
         for event in self._events:
             self.device.drop_event(event)
         self._events.clear()

@@ -109,6 +109,8 @@ PER_SLOT = 51  # chunks that one slot holds
 DEVICE = 52  # address of the words of `device_rounds`, 0: source and target are host memory
 MAILBOX_WORDS = 53
 
+ON_DEVICE = 1 << 47  # of a signal word: the chunk stands in the slots on the device
+
 # --- floats of a mailbox -----------------------------------------------------------------------
 ALPHA = 0
 DISTANCE = 1  # squared distance of what was mixed, accumulated

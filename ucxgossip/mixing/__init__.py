@@ -1,11 +1,13 @@
 """What an exchange does to values, without torch: modes, streams of rounds, exact collectives.
 
 `modes` names the choices, `stream`, `push_sum` and `outer` are the manners in which one flat array
-is exchanged (`device`: on a device), `collective` computes what must be exact, `meter` counts.
+is exchanged (`device`, `direct`: on a device), `collective` computes what must be exact, `meter`
+counts.
 """
 
 from ucxgossip.mixing.collective import Collective
 from ucxgossip.mixing.device import DeviceArray, DeviceHeld, DeviceInPlace
+from ucxgossip.mixing.direct import serve
 from ucxgossip.mixing.meter import Meter
 from ucxgossip.mixing.modes import (
     COMBINES,
@@ -37,5 +39,6 @@ __all__ = [
     "Stream",
     "check_push_sum",
     "default_schedule",
+    "serve",
     "weights_shift",
 ]

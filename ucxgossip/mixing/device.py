@@ -5,6 +5,8 @@ completed. `wait` returns when the partner's values have come and their mixes ar
 the computing stream wait for them. So the host waits for the partner, never for the device; and a
 round ends in the books (its distance, what was left out) when the next one is posted.
 
+Between devices of one host the chunks go straight (`direct`), opened by `begin`.
+
 Rejected for now, and refused by name in `attach`: `Stale`, `PushSum` and `Outer`, which compute on
 the array themselves; they want kernels of their own.
 
@@ -24,6 +26,7 @@ from ucxgossip.buffer import Buffer
 from ucxgossip.device import Device, DeviceMemory
 from ucxgossip.group import Group
 from ucxgossip.mixing.collective import Collective
+from ucxgossip.mixing.direct import open_ways, serve
 from ucxgossip.mixing.meter import Meter
 from ucxgossip.mixing.stream import State
 from ucxgossip.schedule import Schedule
@@ -72,16 +75,20 @@ class DeviceInPlace:
         self.what = what
         self.group, self.array, self.schedule, self.meter = group, array, schedule, meter
         self.buffer = array.buffer
+        serve(group)
         self.mailbox = group.mailbox(self.buffer.nbytes)
         self.staging = group.engine.equip(self.mailbox, array.device)
         self.position = position
         self.distance = 0.0
         self.open = False
-        self._running = False
+        self._running = self._begun = False
         self._joined: set[int] = set()
 
     def begin(self) -> None:
-        """Nothing: the first round follows the first step."""
+        """Open the ways to devices of this host, once; the first round follows the first step."""
+        if not self._begun and self.group.size > 1:
+            open_ways(self.group, self.staging)
+        self._begun = True
 
     def post(self) -> None:
         """Start a round with what the current stream leaves in the array.
@@ -173,6 +180,7 @@ class DeviceHeld(DeviceInPlace):
 
     def begin(self) -> None:
         """The first weights travel under the first step."""
+        super().begin()
         self.post()
 
     def wait(self) -> None:

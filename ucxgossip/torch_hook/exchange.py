@@ -25,6 +25,7 @@ from ucxgossip.mixing import (
     PushSum,
     Stale,
     Stream,
+    serve,
     weights_shift,
 )
 from ucxgossip.quarantine import Quarantine
@@ -49,6 +50,7 @@ class Exchange:
     ) -> None:
         self.model, self.group, self.modes, self.schedule = model, group, modes, schedule
         self.meter = Meter(quarantine=Quarantine(modes.nonfinite))
+        serve(group)
         self.collective = Collective(group, self.meter.quarantine)
         self.buckets = [Bucket(group, run, modes.gradients_travel, device) for run in runs]
         # Whoever is wanted first comes first: backward completes the last bucket first.
@@ -103,8 +105,9 @@ class Exchange:
     def begin(self) -> None:
         """The weights are equal on all ranks."""
         for bucket in self.buckets:
-            if bucket.weights_stream is not None:
-                bucket.weights_stream.begin()
+            for stream in (bucket.gradients_stream, bucket.weights_stream):
+                if stream is not None:
+                    stream.begin()
         if self.buffers is not None:
             self.buffers.begin()
 
