@@ -22,6 +22,7 @@ FLOORS = {
         "trust",
         "quarantine",
         "history",
+        "scattered",
     ),
     1: ("ucp.abi", "ucp.lib", "board", "running", "greeting", "rendezvous", "members.*"),
     2: (
@@ -47,6 +48,7 @@ NEIGHBOURS = {
     "schedule": {"errors"},
     "quarantine": {"errors"},
     "jit": {"errors"},
+    "scattered": {"jit"},
     "store": {"errors"},
     "trust": {"errors"},
     "forks": {"errors"},

@@ -203,6 +203,7 @@ class Mailbox:
     by rank. `itinerary`: the next rounds, where they are known; `asked`: what for, the last time;
     `look_again`: the round from which on it is worth looking ahead again. `in_flight` keeps the
     memory of the last round alive, which a put or a mix may touch until the next one is posted.
+    `staging`: where a payload of several arrays is brought together, once there was one.
     """
 
     def __init__(self, context: Context, layout: Layout) -> None:
@@ -216,6 +217,7 @@ class Mailbox:
         self.base = 0
         self.alone = False
         self.retired: list[MemoryRegion] = []
+        self.staging: MemoryRegion | None = None
         self.credited: dict[int, int] = {}
         self.ahead: dict[int, Round] = {}
         self.itinerary: Any = None
@@ -319,6 +321,8 @@ class Mailbox:
         self.keys.clear()
         self.peers[:] = 0
         self.drop_retired()
+        if self.staging is not None:
+            self.staging.close()
         self.region.close()
 
 
