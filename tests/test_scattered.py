@@ -41,7 +41,7 @@ def test_pieces_are_those_of_the_arrays_one_behind_the_other(
         offset = int(random.integers(len(payload)))
         nbytes = int(random.integers(1, len(payload) - offset + 1))
         out = np.full(nbytes + 2, 0xA5, np.uint8)
-        gather(address, offset, nbytes, out.ctypes.data + 1)
+        gather(address, offset, nbytes, out.ctypes.data + 1, bool(random.integers(2)))
         np.testing.assert_array_equal(out[1:-1], payload[offset : offset + nbytes])
         assert out[0] == out[-1] == 0xA5
         first = array_at(address, offset)

@@ -71,10 +71,16 @@ def pieces_in(scattered: int, offset: int, nbytes: int) -> int:
 
 
 @jit.njit
-def gather(scattered: int, offset: int, nbytes: int, to: int) -> None:
-    """Copy `nbytes` of the payload from `offset` on to the address `to`."""
+def gather(scattered: int, offset: int, nbytes: int, to: int, stream: bool) -> None:
+    """Copy `nbytes` of the payload from `offset` on to the address `to`.
+
+    stream: past the caches.
+    """
     array, done = array_at(scattered, offset), 0
     while done < nbytes:
         address, length = piece_at(scattered, array, offset + done, nbytes - done)
-        jit.copy_memory(to + done, address, length)
+        if stream:
+            jit.stream_memory(to + done, address, length)
+        else:
+            jit.copy_memory(to + done, address, length)
         array, done = array + 1, done + length

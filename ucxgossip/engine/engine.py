@@ -237,6 +237,7 @@ class Engine:
         row[w.WINDOW] = self.tuning.window
         row[w.AHEAD] = layout.ahead
         row[w.TOLD] = mailbox.told.ctypes.data
+        row[w.WAYS] = mailbox.ways.ctypes.data
         row[w.NUMBER] = mailbox.number.ctypes.data
         row[w.CREDITS_OFFSET] = layout.credits
         row[w.DOZE_OFFSET] = layout.doze

@@ -28,6 +28,7 @@ from typing import Any
 from numba import types
 
 from ucxgossip import jit
+from ucxgossip.engine import ways
 from ucxgossip.engine import words as w
 from ucxgossip.engine.apply import apply
 from ucxgossip.engine.checks import checksum, intact
@@ -83,7 +84,7 @@ def _together(mailbox: Any, part: int, offset: int, nbytes: int) -> int:
     address, length = piece_at(source, array_at(source, offset), offset, nbytes)
     if length < nbytes:
         address = _staging(mailbox, part)
-        gather(source, offset, nbytes, address)
+        gather(source, offset, nbytes, address, False)
     return address  # type: ignore[no-any-return]
 
 
@@ -231,14 +232,11 @@ def _store_signalled(engine: Any, mailbox: Any, part: int, offset: int, nbytes: 
     direct = _peer(engine, mailbox, mailbox[w.TO])[2]
     place = place_of(mailbox, number, part)
     to = direct + mailbox[w.SLOTS_OFFSET] + place_offset(mailbox, place)
-    if mailbox[w.SCATTERED] and mailbox[w.CHECKS] == 0:
-        gather(mailbox[w.SOURCE], offset, nbytes, to)
-    else:
+    ways.store(mailbox, to, offset, nbytes)
+    if mailbox[w.CHECKS] != 0:
         source = _together(mailbox, part, offset, nbytes)
-        jit.copy_memory(to, source, nbytes)
-        if mailbox[w.CHECKS] != 0:
-            check = checksum(engine, mailbox, number, part, source, nbytes)
-            jit.view_words(direct + mailbox[w.CHECKS_OFFSET] + 8 * place, 1)[0] = check
+        check = checksum(engine, mailbox, number, part, source, nbytes)
+        jit.view_words(direct + mailbox[w.CHECKS_OFFSET] + 8 * place, 1)[0] = check
     signal = jit.view_words(direct + mailbox[w.SIGNALS_OFFSET] + 8 * place, 1)
     jit.store_release(signal, 0, word_of(engine, mailbox, number, part))
     return _ring(engine, mailbox, part) if _dozes(mailbox, direct) else 0

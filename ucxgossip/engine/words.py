@@ -108,7 +108,8 @@ PER_SLOT = 51  # chunks that one slot holds
 SCATTERED = 52  # 1: the round under way is of several arrays (`scattered`)
 STAGING = 53  # local address of `WINDOW` chunks in which pieces are brought together, 0: none yet
 STAGING_PARAM = 54  # ucp_request_param_t of puts from there
-MAILBOX_WORDS = 55
+WAYS = 55  # local address of what `ways` keeps, by rank
+MAILBOX_WORDS = 56
 
 PIECES = 8
 """Puts of one chunk at most: one that stands in more pieces is brought together first."""
