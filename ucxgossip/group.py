@@ -215,7 +215,9 @@ def _facts(context: Context, tuning: Tuning) -> dict[str, object]:
 
 def _identity(payload: object) -> object:
     """What tells whether the same arrays are passed again, as long as they live."""
-    return tuple(map(id, payload)) if isinstance(payload, list | tuple) else id(payload)
+    if type(payload) is np.ndarray or not isinstance(payload, list | tuple):  # the plain case first
+        return id(payload)
+    return tuple(map(id, payload))
 
 
 class Group(Posting):
