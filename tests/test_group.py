@@ -373,7 +373,6 @@ def test_memory_from_allocate_outlives_the_group(store: Any) -> None:
     with ExitStack() as stack:
         group = stack.enter_context(ug.join(0, 1, store))
         view = group.allocate(1 << 20).view(np.float64, 1 << 17)
-        assert view.ctypes.data % 4096 == 0
     view += 1.0
     assert (view == 1.0).all()
 
