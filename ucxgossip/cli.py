@@ -287,7 +287,9 @@ def _train(benches: Any) -> None:
         "disagreement that a cosine decay hides.",
     )
     _common(train, _bench_train)
-    train.add_argument("--model", default="lenet", help="lenet, convnet or gpt (default: lenet)")
+    train.add_argument(
+        "--model", default="lenet", help="lenet, convnet, resnet20, gpt or gpt4 (default: lenet)"
+    )
     train.add_argument("--ranks", default="4", help="numbers of ranks, such as 4,8 (default: 4)")
     train.add_argument(
         "--methods",
