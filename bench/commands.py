@@ -70,7 +70,9 @@ def _add_step(benches: Any, common: Common) -> None:
         "not compute but takes as long (bench/step.py says how).",
     )
     common(step, _step)
-    step.add_argument("--models", help="lenet, convnet, gpt (default: convnet,gpt)")
+    step.add_argument(
+        "--models", help="of lenet, convnet, resnet20, gpt, gpt4 (default: all but lenet)"
+    )
     step.add_argument("--ranks", type=int, default=2, help="processes (default: 2)")
     step.add_argument(
         "--methods",
@@ -84,9 +86,13 @@ def _add_step(benches: Any, common: Common) -> None:
         help="pin each rank to N cores: 1, shared by all its threads, or 2, one for the training "
         "thread alone (default: not pinned)",
     )
-    step.add_argument("--batch", type=int, help="samples a rank and step (default: 16; gpt: 8)")
     step.add_argument(
-        "--steps", type=int, default=100, help="steps of a method in one repeat (default: 100)"
+        "--batch", type=int, help="samples a rank and step (default: 16; gpt 8, gpt4 24)"
+    )
+    step.add_argument(
+        "--steps",
+        type=int,
+        help="steps of a method in one repeat (default: as many as take half a second alone)",
     )
     step.add_argument("--repeats", type=int, default=9, help="interleaved repeats (default: 9)")
 

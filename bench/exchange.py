@@ -25,7 +25,8 @@ from ucxgossip.ucp import lib
 
 MPI_PEERS = ("mpi_allreduce", "mpi_gossip", "mpi_put")
 FLOORS = ("sockets", "copy")
-PEERS = ("gloo_allreduce", "gloo_gossip", *MPI_PEERS, *FLOORS)
+ONE_ARRAY = "one_array"
+PEERS = ("gloo_allreduce", "gloo_gossip", *MPI_PEERS, *FLOORS, ONE_ARRAY)
 COLUMNS = (
     Column("bytes", "size", "B", "d", 11),
     Column("tensors", "tensors", "", "d", 7),
@@ -169,8 +170,10 @@ def _check_memory(
     received = any(peer in ("gloo_gossip", "mpi_gossip", "mpi_put") for peer in chosen)
     window = "mpi_put" in chosen and transport != "tcp"
     reduced = 2 * largest // ranks if any("allreduce" in peer for peer in chosen) else 0
-    needed = _RANK_BYTES + sum(nbytes + min(2 * nbytes, _MAILBOX_BYTES) for nbytes in arrays)
+    needed = _RANK_BYTES + sum(arrays) + len(batch) * min(2 * max(arrays), _MAILBOX_BYTES)
     needed += (received + window) * largest + reduced
+    if ONE_ARRAY in chosen:
+        needed += max(payload.nbytes for payload in batch) + _MAILBOX_BYTES
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         name, _, rest = line.partition(":")
         if name == "MemAvailable" and (free := int(rest.split()[0]) << 10) < ranks * needed:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -21,67 +22,57 @@ import numpy as np
 
 from ucxgossip import jit
 from ucxgossip.bench import floors, gloo, mpi, mpirun
-from ucxgossip.bench.exchange import DEADLINE_S
+from ucxgossip.bench.exchange import DEADLINE_S, ONE_ARRAY
 from ucxgossip.bench.exchange_device import Checked, OursOnDevice, open_shared
-from ucxgossip.bench.payloads import ITEM, Payload, parse
+from ucxgossip.bench.payloads import ITEM, Payload, of, parse
 from ucxgossip.bench.peer import Array, Arrays, Method
 from ucxgossip.bench.summary import summarize
-from ucxgossip.buffer import Buffer
 from ucxgossip.device import Device
 from ucxgossip.errors import BenchError
 from ucxgossip.group import Group, join
-from ucxgossip.mailbox import Mailbox
 from ucxgossip.schedule import Dissemination, Rotated
 
 _PATTERN = 251
 _TOLERANCE = 1e-3
-_ALIGNMENT = 64
 
 
 class Ours:
-    """Our round: one array by `Group.exchange`; of several, as many bytes are under way at a time
-    as a ring holds.
-    """
+    """Our round: `Group.exchange` of the array, or of all arrays at once."""
 
     name = "ours"
 
     def __init__(self, group: Group, data: Arrays) -> None:
-        """Collective. Open a mailbox for each array."""
+        """Collective. Open a mailbox."""
         self._group = group
         self._schedule = Rotated(Dissemination(group.size), seed=0)
-        self._pairs = [(group.mailbox(array.nbytes, ring=True), array) for array in data.arrays]
-        self._posts = [(box, Buffer.of(array)) for box, array in self._pairs]
-        self.once = self._exchange if len(self._pairs) == 1 else self._exchange_all
-        self._most = max(1, group.tuning.ring) * group.tuning.chunk
-        self._first: Mailbox = self._pairs[0][0]
+        self._box = group.mailbox(sum(array.nbytes for array in data.arrays), ring=True)
+        self._arrays = data.arrays
 
-    def _exchange(self) -> None:
-        ((box, array),) = self._pairs
-        self._group.exchange(array, schedule=self._schedule, mailbox=box)
-
-    def _exchange_all(self) -> None:
-        group, schedule = self._group, self._schedule
-        under_way, waiting = 0, iter(self._posts)
-        for box, buffer in self._posts:
-            group.post_step(box, buffer, buffer, schedule, box.round, whole=True)
-            under_way += buffer.nbytes
-            while under_way > self._most:
-                under_way -= self._ended(*next(waiting))
-        for box, buffer in waiting:
-            self._ended(box, buffer)
-
-    def _ended(self, box: Mailbox, buffer: Buffer) -> int:
-        """Wait for a round; its bytes."""
-        if not self._group.wait(box) or self._group.left_out(box):
-            raise BenchError(f"the exchange of mailbox {box.index} did not end whole")
-        return buffer.nbytes
+    def once(self) -> None:
+        """One round."""
+        if len(self._arrays) == 1:
+            self._group.exchange(self._arrays[0], schedule=self._schedule, mailbox=self._box)
+        else:
+            self._group.exchange(self._arrays, schedule=self._schedule, mailbox=self._box)
 
     def partner(self) -> int | None:
         """Whose values the next round averages with this rank's."""
-        return self._schedule.round(self._group.rank, self._first.round).sender
+        return self._schedule.round(self._group.rank, self._box.round).sender
 
     def close(self) -> None:
         """Nothing: the group keeps its mailboxes."""
+
+
+class OneArray(Ours):
+    """Our round of one array that has the bytes of all: what it costs that there are several."""
+
+    name = ONE_ARRAY
+
+    def __init__(self, group: Group, data: Arrays) -> None:
+        """Collective. Allocate the array, open a mailbox."""
+        nbytes = sum(array.nbytes for array in data.arrays)
+        self.data = allocate(group, of(nbytes))
+        super().__init__(group, self.data)
 
 
 @jit.njit
@@ -174,25 +165,23 @@ class Job:
 
 
 def allocate(group: Group, payload: Payload) -> Arrays:
-    """The payload's arrays, one behind the other as a model's are in a bucket, registered."""
-    starts, end = [], 0
-    for nbytes in payload.arrays:
-        starts.append(end)
-        end += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-    region = group.allocate(end)
+    """The payload's arrays, registered, each in memory of its own, as torch's tensors are."""
     arrays: list[Array] = [
-        region.view(np.float32, nbytes // ITEM, start)
-        for start, nbytes in zip(starts, payload.arrays, strict=True)
+        group.allocate(nbytes).view(np.float32, nbytes // ITEM) for nbytes in payload.arrays
     ]
     return Arrays(group.rank, group.size, arrays)
 
 
-def make(names: Sequence[str], data: Arrays, api: Any, transport: str) -> dict[str, Method]:
+def make(
+    names: Sequence[str], data: Arrays, api: Any, transport: str, group: Group
+) -> dict[str, Method]:
     """Collective. The methods by name; api: mpi4py's MPI, or None where no peer needs it."""
     plain: tuple[Callable[[Arrays], Method], ...]
     plain = (gloo.GlooAllreduce, gloo.GlooGossip, floors.Sockets, floors.Copy)
     by_mpi = {each.name: each for each in mpi.METHODS}
+    others: dict[str, Callable[[Arrays], Method]]
     others = {str(vars(each)["name"]): each for each in plain}
+    others[ONE_ARRAY] = partial(OneArray, group)
     return {
         name: by_mpi[name](data, api, transport) if name in by_mpi else others[name](data)
         for name in names
@@ -258,9 +247,10 @@ def measure_payload(
     else:
         ours = OursOnDevice(group, data, device)
         methods["ours"], checked["ours"] = ours, Checked(ours)
-    methods |= make(names, data, api, transport)
+    methods |= make(names, data, api, transport, group)
     for name, method in methods.items():
-        check(name, checked.get(name, method), data, job.dist.barrier)
+        seen = checked.get(name, method)
+        check(name, seen, getattr(method, "data", data), job.dist.barrier)
     found = job.measure(methods)
     for array in data.arrays:
         if not np.isfinite(array).all():

@@ -1,7 +1,7 @@
-"""The models of `bench train`. No dropout, no batch norm: pure functions of weights and input.
+"""The models of `bench train` and `bench step`: pure functions of weights and input.
 
-So that a replica can be computed by ``torch.func`` for all ranks at once, and so that what is
-compared is the averaging of weights and nothing beside it.
+No dropout and no batch norm, so that a replica can be computed by ``torch.func`` for all ranks at
+once, and so that what is compared is the averaging of weights and nothing beside it.
 """
 
 from __future__ import annotations
@@ -48,6 +48,45 @@ class ConvNet(nn.Sequential):
             nn.Flatten(),
             nn.Linear(32 * 2 * 2, classes),
         )
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions beside a shortcut without parameters (He et al. 2016, option A)."""
+
+    def __init__(self, into: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.stride, self.added = stride, out - into
+        self.body = nn.Sequential(
+            nn.Conv2d(into, out, kernel_size=3, padding=1, stride=stride, bias=False),
+            nn.GroupNorm(8, out),
+            nn.ReLU(),
+            nn.Conv2d(out, out, kernel_size=3, padding=1, bias=False),
+            nn.GroupNorm(8, out),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        short = F.pad(x[..., :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.added))
+        return F.relu(short + self.body(x))
+
+
+class ResNet20(nn.Sequential):
+    """ResNet-20 (He et al. 2016, section 4.2) for 1x32x32 images: 269,434 parameters.
+
+    Norms are over groups of channels (Wu and He 2018), not over the batch.
+    """
+
+    def __init__(self, classes: int = 10) -> None:
+        layers: list[nn.Module] = [
+            nn.Conv2d(1, 16, kernel_size=3, padding=1, bias=False),
+            nn.GroupNorm(8, 16),
+            nn.ReLU(),
+        ]
+        into = 16
+        for width in (16, 32, 64):
+            for block in range(3):
+                layers.append(Residual(into, width, stride=1 if width == 16 or block else 2))
+                into = width
+        super().__init__(*layers, nn.AvgPool2d(8), nn.Flatten(), nn.Linear(64, classes))
 
 
 class Block(nn.Module):

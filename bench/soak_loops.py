@@ -222,6 +222,7 @@ def _post(row: Any, plan: Any) -> None:
         sender_of(plan, rank, number + plan[AHEAD]),
         1,
         0,
+        0,
     )
 
 

@@ -45,7 +45,7 @@ from ucxgossip.bench.spawn import run_ranks
 from ucxgossip.bench.table import Column, Table
 from ucxgossip.errors import ArgumentError, BenchError
 
-MODELS = "convnet,gpt"
+MODELS = "convnet,gpt,resnet20,gpt4"
 METHODS = "gossip-both-atc,gossip-weights-atc,gossip-weights-awc,allreduce"
 COLUMNS = (
     Column("model", "model", "", "", 8),
@@ -59,8 +59,10 @@ COLUMNS = (
     Column("hidden", "hidden", "", ".2f", 7),
 )
 _START_S = 180.0
-_STEP_S = 0.25
+_STEP_S = 1.0
 """A step of a model of ours, generously: for the deadline only."""
+_STEPS = 30
+"""Of a block of half a second, whose steps are longer the fewer they are: likewise."""
 _EASY_BATCH = 16
 
 Row = dict[str, Any]
@@ -73,13 +75,14 @@ def run(
     methods: Sequence[str],
     cores: int | None = None,
     batch: int | None = None,
-    steps: int = 100,
+    steps: int | None = None,
     repeats: int = 9,
 ) -> tuple[dict[str, object], list[Row]]:
     """Print the table, return (environment, rows): one row for each (model, method).
 
     `local` comes first, named or not. cores: for each rank, 1 or 2; None: threads are not pinned.
-    batch: samples a rank and step; as in `bench train` by default. steps: of a method in a repeat.
+    batch: samples a rank and step; as in `bench train` by default. steps: of a method in a repeat;
+    by default as many as take half a second without communication.
     exchange_ms: from post to end of all rounds of a step; hidden: the part of that under compute.
     """
     from ucxgossip.ucp import lib
@@ -120,7 +123,7 @@ def run(
             ["-m", "ucxgossip.bench.step_rank", str(path)],
             ranks,
             on_line=take,
-            deadline_s=_START_S + (repeats + 1) * count * steps * _STEP_S * samples,
+            deadline_s=_START_S + (repeats + 1) * count * (steps or _STEPS) * _STEP_S * samples,
         )
     if len(rows) != count:
         raise BenchError(f"bench step: {len(rows)} rows where {count} were due")
@@ -133,7 +136,7 @@ def _check(
     methods: Sequence[str],
     cores: int | None,
     batch: int | None,
-    steps: int,
+    steps: int | None,
     repeats: int,
 ) -> None:
     """`ArgumentError` for what cannot be measured."""

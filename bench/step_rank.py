@@ -31,6 +31,7 @@ from ucxgossip.group import Group, join
 _TIMEOUT_S = 120.0
 _BATCHES = 8
 _WARM_UP = 5
+_BLOCK_S = 0.5
 
 
 class Pace:
@@ -75,8 +76,11 @@ class Course:
             trained_by(parse(name), model, self._optimizer, group)
         )
 
-    def block(self, steps: int, counted: bool = True) -> None:
-        """So many steps after a barrier, until their rounds have ended. Collective."""
+    def block(self, steps: int, counted: bool = True) -> float:
+        """So many steps after a barrier, until their rounds have ended. Collective.
+
+        Returns the seconds a step of the slowest rank that computes.
+        """
         before = self._stats()
         dist.barrier()
         computed, begun = 0.0, time.perf_counter()
@@ -93,6 +97,7 @@ class Course:
             self.exchange_s += after[0] - before[0]
             self.wait_s += after[1] - before[1]
             self.steps += steps
+        return step_s
 
     def _step(self, inputs: torch.Tensor, targets: torch.Tensor) -> float:
         """One step; the seconds of forward and backward."""
@@ -161,13 +166,13 @@ def measure(model: str, group: Group, pace: Pace, job: dict[str, Any], own: set[
     courses = [Course(task, name, group, pace, batch) for name in job["methods"]]
     # Threads inherit the place of the one that starts them, so the others have been started.
     os.sched_setaffinity(0, own)
-    for course in courses:
-        course.block(max(_WARM_UP, job["steps"] // 10), counted=False)
+    alone_s, *_ = [course.block(_WARM_UP, counted=False) for course in courses]
+    steps = job["steps"] or max(_WARM_UP, round(_BLOCK_S / alone_s))
     for repeat in range(job["repeats"]):
         # Local first, for the pace; the others in another order each time.
         turn = repeat % max(1, len(courses) - 1)
         for course in (courses[0], *courses[1 + turn :], *courses[1 : 1 + turn]):
-            course.block(job["steps"])
+            course.block(steps)
     if group.rank == 0:
         for course in courses:
             print(json.dumps(course.found(model, courses[0])), flush=True)

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ucxgossip.bench.models import CONTEXT, ConvNet, Gpt, LeNet
+from ucxgossip.bench.models import CONTEXT, ConvNet, Gpt, LeNet, ResNet20
 from ucxgossip.errors import ArgumentError, BenchError
 
 SHARDS = ("iid", "skewed")
@@ -94,14 +94,17 @@ def batch(shard: NDArray[np.int64], count: int, seed: int, rank: int, step: int)
 
 
 def load(name: str) -> Task:
-    """The task of a model: ``lenet`` and ``convnet`` on digits, ``gpt`` on source text."""
+    """The task of a model: ``lenet``, ``convnet``, ``resnet20``: digits; ``gpt``, ``gpt4``."""
     if name not in TASKS:
         raise ArgumentError(f"unknown model {name!r}; choose one of {', '.join(TASKS)}")
     return TASKS[name]()
 
 
-def _digits(name: str, make: Callable[[], nn.Module]) -> Task:
-    """Images of shape (n, 1, 8, 8), standardised with the training set's mean and deviation."""
+def _digits(name: str, make: Callable[[], nn.Module], enlarged: int = 1) -> Task:
+    """Images of shape (n, 1, 8, 8), standardised with the training set's mean and deviation.
+
+    enlarged: each pixel becomes a square of so many by so many.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -114,6 +117,7 @@ def _digits(name: str, make: Callable[[], nn.Module]) -> Task:
     pixels, labels = pixels[order].reshape(-1, 1, 8, 8), labels[order].astype(np.int64)
     train = pixels[_TEST_IMAGES:]
     images = torch.from_numpy(((pixels - train.mean()) / train.std()).astype(np.float32))
+    images = images.repeat_interleave(enlarged, 2).repeat_interleave(enlarged, 3)
     targets = torch.from_numpy(labels)
     return Task(
         name,
@@ -150,20 +154,20 @@ def _windows(modules: tuple[str, ...]) -> tuple[Tensor, NDArray[np.int64]]:
     return torch.from_numpy(np.concatenate(rows)), np.array(origin)
 
 
-def _gpt() -> Task:
+def _gpt(name: str, width: int = 64, heads: int = 2, blocks: int = 2) -> Task:
     """Windows of the standard library's source; skewed: each rank its own modules."""
     train, origin = _windows(_MODULES)
     test, _ = _windows(_TEST_MODULES)
     spread = torch.arange(_TEST_WINDOWS) * len(test) // _TEST_WINDOWS
     test = test[spread]
     return Task(
-        "gpt",
+        name,
         train[:, :-1],
         train[:, 1:],
         origin,
         test[:, :-1],
         test[:, 1:],
-        lambda: Gpt(len(_VOCABULARY)),
+        lambda: Gpt(len(_VOCABULARY), width, heads, blocks),
         cuts=1,
         text=True,
     )
@@ -172,5 +176,7 @@ def _gpt() -> Task:
 TASKS: dict[str, Callable[[], Task]] = {
     "lenet": lambda: _digits("lenet", LeNet),
     "convnet": lambda: _digits("convnet", ConvNet),
-    "gpt": _gpt,
+    "resnet20": lambda: _digits("resnet20", ResNet20, enlarged=4),
+    "gpt": lambda: _gpt("gpt"),
+    "gpt4": lambda: _gpt("gpt4", width=128, heads=4, blocks=4),
 }

@@ -10,8 +10,8 @@ from ucxgossip.bench.methods import Method, parse
 from ucxgossip.bench.setting import DECAYS, OPTIMIZERS, Setting
 from ucxgossip.errors import ArgumentError
 
-STEPS = {"lenet": 1000, "convnet": 1000, "gpt": 400}
-BATCH = {"lenet": 16, "convnet": 16, "gpt": 8}
+STEPS = {"lenet": 1000, "convnet": 1000, "resnet20": 300, "gpt": 400, "gpt4": 400}
+BATCH = {"lenet": 16, "convnet": 16, "resnet20": 16, "gpt": 8, "gpt4": 24}
 """Samples a rank and step."""
 
 RATES = {
@@ -19,8 +19,12 @@ RATES = {
     ("lenet", "adamw"): 3e-3,
     ("convnet", "sgd"): 0.02,
     ("convnet", "adamw"): 3e-3,
+    ("resnet20", "sgd"): 0.02,
+    ("resnet20", "adamw"): 3e-3,
     ("gpt", "sgd"): 0.1,
     ("gpt", "adamw"): 3e-3,
+    ("gpt4", "sgd"): 0.1,
+    ("gpt4", "adamw"): 1e-3,
 }
 """Rates at which all-reduce does well."""
 

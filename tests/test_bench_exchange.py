@@ -81,7 +81,7 @@ def test_absent_mpi_is_left_out_and_told(
 OURS = """
 import numpy as np
 import torch.distributed as dist
-from ucxgossip.bench.exchange_rank import Ours, allocate, check, in_force
+from ucxgossip.bench.exchange_rank import OneArray, Ours, allocate, check, in_force
 from ucxgossip.bench.gloo import gloo_job
 from ucxgossip.bench.payloads import Payload
 from ucxgossip.group import join
@@ -93,6 +93,9 @@ with join(transport="shm") as group, gloo_job(60):
         ours = Ours(group, data)
         for _ in range(3):
             check(ours.name, ours, data, dist.barrier)
+        one = OneArray(group, data)
+        assert [each.nbytes for each in one.data.arrays] == [sum(arrays)]
+        check(one.name, one, one.data, dist.barrier)
     assert "TLS=posix" in in_force(group)["settings"].split()
     if group.rank == 0:
         print("well")

@@ -13,7 +13,7 @@ from ucxgossip.errors import ArgumentError, BenchError
 
 pytest.importorskip("sklearn")
 
-MODELS = ("lenet", "convnet", "gpt")
+MODELS = ("lenet", "convnet", "resnet20", "gpt", "gpt4")
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_gpt_does_not_see_the_future(loaded: dict[str, tasks.Task]) -> None:
 
 
 def test_bad_names(loaded: dict[str, tasks.Task]) -> None:
-    with pytest.raises(ArgumentError, match="'alexnet'; choose one of lenet, convnet, gpt"):
+    with pytest.raises(ArgumentError, match=f"'alexnet'; choose one of {', '.join(MODELS)}"):
         tasks.load("alexnet")
     with pytest.raises(ArgumentError, match="choose one of iid, skewed"):
         loaded["lenet"].shards(2, "striped", 0)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ucxgossip import jit
-from ucxgossip.engine import Engine, Post, Tuning, drive, rounds
+from ucxgossip.engine import Engine, Post, Tuning, drive, rounds, ways
 from ucxgossip.engine import words as w
 from ucxgossip.engine.checks import checksum
 from ucxgossip.errors import ArgumentError, ClosedError, ExchangeError
@@ -654,6 +654,22 @@ def test_a_ring_serves_rounds_of_all_sizes(pair: Pair) -> None:
             pair.post(rank, array)
         pair.until(pair.ended)
         assert all((array == mean).all() for array in arrays)
+
+
+@pytest.mark.parametrize("pair", [RING], indirect=True)
+def test_a_ring_is_stored_to_in_either_way(pair: Pair, transport: str) -> None:
+    """Past the caches and through them: the chunks of many rounds, tried and chosen."""
+    counts = []
+    for number in range(60):
+        arrays = [np.arange(2048.0) + number, np.arange(2048.0) - 3]
+        mean = (arrays[0] + arrays[1]) / 2
+        for rank, array in enumerate(arrays):
+            pair.boxes[rank].ways[1 - rank, ways.STREAMS] = number % 2
+            pair.post(rank, array)
+        pair.until(pair.ended)
+        assert all((array == mean).all() for array in arrays)
+        counts.append(int(pair.boxes[0].ways[1, ways.COUNT]))
+    assert counts == [16 * (number + 1) if transport == "shm" else 0 for number in range(60)]
 
 
 def test_rounds_put_in_the_order_in_which_they_were_posted(pair: Pair, transport: str) -> None:

@@ -4,6 +4,7 @@ import ctypes
 import fcntl
 import importlib.util
 import os
+import platform
 import select
 import socket
 import subprocess
@@ -292,6 +293,32 @@ def test_call_passes_more_than_registers_hold(run: Any) -> None:
     values = np.array([1 << 50, -2, 3])
     assert run(address, values) == 0
     assert given == [tuple(values.tolist()) * 3]
+
+
+@uncached
+def stream(target: int, source: int, nbytes: int) -> None:
+    jit.stream_memory(target, source, nbytes)
+
+
+@both(stream)
+@pytest.mark.parametrize("nbytes", [0, 1, 63, 64, 65, 127, 200, 1000])
+@pytest.mark.parametrize("start", [0, 1, 8, 63])
+def test_stream_memory_copies_so_many_bytes(run: Any, nbytes: int, start: int) -> None:
+    random = np.random.default_rng(nbytes)
+    source, raw = random.integers(0, 256, 1100, np.uint8), np.full(1300, 0xEE, np.uint8)
+    target = raw[-raw.ctypes.data % jit.LINE :][:1100]
+    expected = target.copy()
+    expected[start : start + nbytes] = source[3 : 3 + nbytes]
+    run(target.ctypes.data + start, source.ctypes.data + 3, nbytes)
+    np.testing.assert_array_equal(target, expected)
+    assert (raw[len(raw) - 64 :] == 0xEE).all()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="looks for x86 instructions")
+def test_stream_memory_stores_past_the_caches_and_fences() -> None:
+    stream(0, 0, 0)
+    (code,) = stream.inspect_asm().values()
+    assert code.index("movnt") < code.rindex("sfence")
 
 
 # --- time, scheduling, sleeping ----------------------------------------------------------------

@@ -22,6 +22,7 @@ FLOORS = {
         "trust",
         "quarantine",
         "history",
+        "scattered",
     ),
     1: (
         "ucp.abi",
@@ -56,6 +57,7 @@ NEIGHBOURS = {
     "schedule": {"errors"},
     "quarantine": {"errors"},
     "jit": {"errors"},
+    "scattered": {"jit"},
     "store": {"errors"},
     "trust": {"errors"},
     "forks": {"errors"},

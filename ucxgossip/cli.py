@@ -195,8 +195,8 @@ def _exchange(benches: Any) -> None:
         "(sendrecv) and mpi_put, by Open MPI, which need mpirun (apt-get install openmpi-bin) and "
         "mpi4py (pip install mpi4py), and are left out with a message without them. Floors, what "
         "the machine can do at all: sockets (plain TCP, both directions at once) and copy (memory "
-        "that the ranks share). A model with /tensors is run tensor by tensor by the peers; ours "
-        "posts all its tensors and then waits for all.",
+        "that the ranks share). A model with /tensors is run tensor by tensor by the peers, and in "
+        "one round of all of them by ours; one_array is our round of one array of as many bytes.",
     )
     _common(exchange, _bench_exchange)
     _device(exchange, "arrays on CUDA devices, which the ranks share; no peers")
@@ -212,7 +212,7 @@ def _exchange(benches: Any) -> None:
         default="",
         metavar="PEERS",
         help="what to measure as well: gloo_allreduce, gloo_gossip, mpi_allreduce, mpi_gossip, "
-        "mpi_put, sockets, copy; separated by commas",
+        "mpi_put, sockets, copy, one_array; separated by commas",
     )
     _repeats(exchange, repeats=9, seconds=0.2)
     _plot(exchange, "times over sizes")
@@ -292,7 +292,9 @@ def _train(benches: Any) -> None:
         "disagreement that a cosine decay hides.",
     )
     _common(train, _bench_train)
-    train.add_argument("--model", default="lenet", help="lenet, convnet or gpt (default: lenet)")
+    train.add_argument(
+        "--model", default="lenet", help="lenet, convnet, resnet20, gpt or gpt4 (default: lenet)"
+    )
     train.add_argument("--ranks", default="4", help="numbers of ranks, such as 4,8 (default: 4)")
     train.add_argument(
         "--methods",

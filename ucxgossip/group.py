@@ -13,12 +13,12 @@ import math
 import mmap
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib import metadata
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,10 +54,13 @@ from ucxgossip.ucp.memory import MemoryRegion
 PROTOCOL = 4
 """Raised whenever ranks of different releases could not work together."""
 
+_Payload = TypeVar("_Payload", NDArray[Any], Sequence[NDArray[Any]])
+
 DEFAULT_TIMEOUT = 300.0
 DEAD_AFTER = 3.0
 _SLICE = 1.0
 _LOOK_S = 0.2
+_PAST_PAGE = 64
 _SLICE_NS = 250_000_000
 _GOODBYE = 3.0
 
@@ -211,6 +214,13 @@ def _facts(context: Context, tuning: Tuning) -> dict[str, object]:
     }
 
 
+def _identity(payload: object) -> object:
+    """What tells whether the same arrays are passed again, as long as they live."""
+    if type(payload) is np.ndarray or not isinstance(payload, list | tuple):  # the plain case first
+        return id(payload)
+    return tuple(map(id, payload))
+
+
 class Group(Posting):
     """The ranks of a job and what goes between them. Made by `join`.
 
@@ -236,7 +246,7 @@ class Group(Posting):
         forks.watch(self)
         self._exchange_box: Mailbox | None = None
         self._exchange_dtype: np.dtype[Any] | None = None
-        self._last_buffer: Buffer | None = None
+        self._last_buffer: tuple[object, Buffer] | None = None
         self._default_schedule = Rotated(Dissemination(self.size), seed=0)
         self._checked_schedule: Schedule = self._default_schedule
         facts = {**_facts(context, tuning), "ranks": self.size, "verify": verify}
@@ -253,16 +263,18 @@ class Group(Posting):
     # --- memory --------------------------------------------------------------------------------
 
     def allocate(self, nbytes: int) -> MemoryRegion:
-        """Zeroed registered memory for payloads, page-aligned.
+        """Zeroed registered memory for payloads, 64 bytes past the start of a page.
 
-        It is registered until the group closes, and belongs to NumPy: views outlive the group.
+        Not at its start: what travels behind a header of up to 15 bytes would be copied at a third
+        of the speed there (docs/performance.md, "64 KiB over TCP"). It is registered until the
+        group closes, and belongs to NumPy: views outlive the group.
         """
         self._check_usable()
         if isinstance(nbytes, bool) or not isinstance(nbytes, int) or nbytes < 1:
             raise ArgumentError(f"allocate {nbytes!r} bytes; must be a positive whole number")
         page = mmap.PAGESIZE
         raw = np.zeros(nbytes + page, np.uint8)
-        start = -raw.ctypes.data % page
+        start = (_PAST_PAGE - raw.ctypes.data) % page
         with self.engine.locked():
             return MemoryRegion(self.context, array=raw[start : start + nbytes])
 
@@ -270,20 +282,21 @@ class Group(Posting):
 
     def exchange(
         self,
-        array: NDArray[Any],
+        array: _Payload,
         mix: bool = True,
         schedule: Schedule | None = None,
         mailbox: Mailbox | None = None,
         nonfinite: str = "skip",
-    ) -> NDArray[Any]:
+    ) -> _Payload:
         """One blocking round: put `array` to this step's partner, take another's. Collective.
 
         array: 1-D, contiguous, writeable; float32 or float64 where mix=True, and of the same size
-        and dtype in each call (`ArrayError` else). With mix=True the array becomes the mean of
-        itself and what came in, and is returned; with mix=False it stays, and what came in is
-        returned as a new array. schedule: `Rotated(Dissemination(size))` by default; the same in
-        each call. mailbox: one of `mailbox(array.nbytes, ring=True)`, to exchange arrays of several
-        sizes.
+        and dtype in each call (`ArrayError` else). Or a list or tuple of such arrays, all of one
+        dtype: they travel in one round, as if they stood one behind the other. With mix=True the
+        array becomes the mean of itself and what came in, and is returned; with mix=False it stays,
+        and what came in is returned as a new array, or a list of them. schedule:
+        `Rotated(Dissemination(size))` by default; the same in each call. mailbox: one of
+        `mailbox(nbytes, ring=True)`, to exchange payloads of several sizes.
         nonfinite: what mixing does with a chunk in which this rank or the other has a NaN or an
         infinity: ``"skip"`` leaves this rank's values as they are, counts (`nonfinite`) and warns;
         ``"raise"`` does so and raises `NonFiniteError` after the round; ``"allow"`` mixes.
@@ -294,7 +307,7 @@ class Group(Posting):
         if (
             plan is not None
             and mix is True
-            and plan.asked == (id(array), id(schedule), nonfinite, id(self))
+            and plan.asked == (_identity(array), id(schedule), nonfinite, id(self))
             and not self._closed
             and self._failure is None
         ):
@@ -306,13 +319,13 @@ class Group(Posting):
 
     def _exchange(
         self,
-        array: NDArray[Any],
+        array: _Payload,
         mix: bool,
         schedule: Schedule | None,
         mailbox: Mailbox | None,
         nonfinite: str,
         posted: bool,
-    ) -> NDArray[Any]:
+    ) -> _Payload:
         """A round of `exchange` that is not foreseen, or what is left to do of one that was."""
         self._check_usable()
         check_policy(nonfinite)
@@ -331,9 +344,9 @@ class Group(Posting):
                 "group.mailbox(nbytes, ring=True) each and pass it as mailbox="
             )
         if self.size == 1:
-            return array if mix else array.copy()
+            return array if mix else buffer.copy().contents
         # A copy, not empty memory: a schedule may give this rank nobody to receive from.
-        target = buffer if mix else Buffer.of(array.copy())
+        target = buffer if mix else buffer.copy()
         how = "mix" if mix else "copy"
         number, looks = box.round - posted, mix and nonfinite != "allow"
         if not posted:
@@ -341,26 +354,29 @@ class Group(Posting):
                 box, buffer, target, chosen, number, how=how, kick=False, whole=looks
             )
             if mix:
-                asked, kept = (id(array), id(schedule), nonfinite, id(self)), (array, schedule)
-                self._look_ahead(box, buffer, buffer, chosen, asked, whole=looks, kept=kept)
+                asked = (_identity(array), id(schedule), nonfinite, id(self))
+                self._look_ahead(box, buffer, buffer, chosen, asked, whole=looks)
         whole = self.wait(box)
         if whole and looks:
             found = self.left_out(box)
             self._quarantine.left_out(self.rank, found, "array", number, nonfinite)
         if mix:
             return array
-        return target.owner if whole else array.copy()  # type: ignore[return-value]
+        return (target if whole else buffer.copy()).contents  # type: ignore[no-any-return]
 
     @property
     def nonfinite(self) -> dict[int, int]:
         """Chunks that `exchange` left out, by the rank whose values were not finite."""
         return dict(sorted(self._quarantine.counts.items()))
 
-    def _buffer_of(self, array: NDArray[Any]) -> Buffer:
-        """`Buffer.of`, remembered (with its array) for the next call."""
-        if self._last_buffer is None or self._last_buffer.owner is not array:
-            self._last_buffer = Buffer.of(array)
-        return self._last_buffer
+    def _buffer_of(self, array: _Payload) -> Buffer:
+        """`Buffer.of` or `of_all`, remembered (with its arrays) for the next call."""
+        same = _identity(array)
+        if self._last_buffer is None or self._last_buffer[0] != same:
+            several = isinstance(array, list | tuple)
+            made = Buffer.of_all(array) if several else Buffer.of(array)  # type: ignore[arg-type]
+            self._last_buffer = (same, made)
+        return self._last_buffer[1]
 
     def check_schedule(self, schedule: Schedule) -> Schedule:
         """`schedule` if it fits this group; `ScheduleError` else."""

@@ -15,6 +15,7 @@ import ctypes
 import fcntl
 import hashlib
 import os
+import platform
 import select
 import sys
 import tempfile
@@ -254,6 +255,60 @@ def call(address: int, arguments: tuple[int, ...]) -> int:
 
 
 compiled_as(call, lambda address, arguments: _call(address, arguments))
+
+
+LINE = 64
+"""Bytes of a cache line, in which `stream_memory` stores."""
+
+_X86 = platform.machine() in ("x86_64", "AMD64")
+
+
+@intrinsic
+def _stream_lines(typingctx: Any, target: Any, source: Any, lines: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        to, source, lines = args
+        word = ir.IntType(64)
+        line = ir.VectorType(word, LINE // 8)
+        hint = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+        with cgutils.for_range(builder, lines) as loop:
+            offset = builder.mul(loop.index, ir.Constant(word, LINE))
+            read = builder.inttoptr(builder.add(source, offset), line.as_pointer())
+            write = builder.inttoptr(builder.add(to, offset), line.as_pointer())
+            stored = builder.store(builder.load(read, align=1), write, align=LINE)
+            stored.set_metadata("nontemporal", hint)
+        if _X86:  # no fence of LLVM's orders these stores
+            kind = ir.FunctionType(ir.VoidType(), [])
+            fence = cgutils.get_or_insert_function(  # type: ignore[no-untyped-call]
+                builder.module, kind, "llvm.x86.sse.sfence"
+            )
+            builder.call(fence, [])
+        return context.get_dummy_value()
+
+    return types.void(target, source, lines), codegen
+
+
+def _stream(target: int, source: int, lines: int) -> None:
+    copy_memory(target, source, LINE * lines)
+
+
+compiled_as(_stream, lambda target, source, lines: _stream_lines(target, source, lines))
+
+
+@njit
+def stream_memory(target: int, source: int, nbytes: int) -> None:
+    """As `copy_memory`, past the caches: whole lines of the target are neither read nor kept.
+
+    What is copied is visible before anything stored later.
+    """
+    head = min(-target % LINE, nbytes)
+    if head:
+        copy_memory(target, source, head)
+    lines = (nbytes - head) // LINE
+    if lines:
+        _stream(target + head, source + head, lines)
+    done = head + LINE * lines
+    if done < nbytes:
+        copy_memory(target + done, source + done, nbytes - done)
 
 
 # --- libc: time, scheduling, sleeping ----------------------------------------------------------

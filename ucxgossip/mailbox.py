@@ -46,6 +46,7 @@ GUARD_BYTE = 0xA5
 MAX_DEPTH = 1024
 SIGNAL_RING = 64
 MAX_POSITION = 1 << 47
+WAYS = 4
 _BLOB = struct.Struct("<QQ")
 
 
@@ -200,15 +201,18 @@ class Mailbox:
     passes over the rounds before: `alone` says that it did with the last one). `ahead`: this
     rank's parts, by step, in rounds whose writer has its credit already. `credited`: by round, who
     may put it or has done so (kept where endpoints are closed again). `told`: the credits given,
-    by rank. `itinerary`: the next rounds, where they are known; `asked`: what for, the last time;
-    `look_again`: the round from which on it is worth looking ahead again. `in_flight` keeps the
-    memory of the last round alive, which a put or a mix may touch until the next one is posted.
+    by rank. `ways`: what `engine.ways` keeps, by rank. `itinerary`: the next rounds, where they are
+    known; `asked`: what for, the last time; `look_again`: the round from which on it is worth
+    looking ahead again. `in_flight` keeps the memory of the last round alive, which a put or a mix
+    may touch until the next one is posted. `staging`: where a payload of several arrays is brought
+    together, once there was one.
     """
 
     def __init__(self, context: Context, layout: Layout) -> None:
         self.layout = layout
         self.region = MemoryRegion(context, nbytes=layout.total)
         self.told = np.zeros(layout.ranks, np.int64)
+        self.ways = np.zeros((layout.ranks, WAYS), np.int64)
         self.peers = np.zeros((layout.ranks, 3), np.int64)
         self.keys: dict[int, RemoteKey] = {}
         self.index = -1
@@ -216,6 +220,7 @@ class Mailbox:
         self.base = 0
         self.alone = False
         self.retired: list[MemoryRegion] = []
+        self.staging: MemoryRegion | None = None
         self.credited: dict[int, int] = {}
         self.ahead: dict[int, Round] = {}
         self.itinerary: Any = None
@@ -319,6 +324,8 @@ class Mailbox:
         self.keys.clear()
         self.peers[:] = 0
         self.drop_retired()
+        if self.staging is not None:
+            self.staging.close()
         self.region.close()
 
 

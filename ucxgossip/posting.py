@@ -146,6 +146,7 @@ class Posting(Partners):
             held=int(held),
             next_writer=-1 if ahead is None or ahead.sender is None else ahead.sender,
             whole=int(whole),
+            scattered=int(source.scattered),
         )
         self.engine.post(mailbox, what, kick)
         mailbox.in_flight = (source.owner, target.owner)
@@ -163,7 +164,6 @@ class Posting(Partners):
         held: bool = False,
         whole: bool = False,
         offset: int = 0,
-        kept: tuple[object, ...] = (),
     ) -> None:
         """Lay out the next rounds of `mailbox` in which no rank takes part that is new to it.
 
@@ -194,10 +194,11 @@ class Posting(Partners):
                 source_param=source.param,
                 held=int(held),
                 whole=int(whole),
+                scattered=int(source.scattered),
             )
             parts = (found[0][:count], found[1][:count], weight * found[2][:count])
-            kept = (source, target, schedule, *kept)
             mailbox.ahead.clear()
+            kept = (source, target, schedule)
             mailbox.itinerary = Itinerary(asked, first, self.epoch, parts, ahead, what, kept)
 
     def wait(self, mailbox: Mailbox, timeout: float | None = None, launched: bool = False) -> bool:

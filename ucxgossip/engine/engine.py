@@ -27,6 +27,7 @@ from ucxgossip.mailbox import Mailbox
 from ucxgossip.ucp import abi, ops
 from ucxgossip.ucp.context import Context
 from ucxgossip.ucp.endpoint import Endpoint
+from ucxgossip.ucp.memory import MemoryRegion
 from ucxgossip.ucp.worker import Worker
 
 _SLICE_NS = 250_000_000
@@ -227,7 +228,7 @@ class Engine:
         if index == len(self.table):
             raise ArgumentError(f"more than {index} mailboxes in one group")
         layout = mailbox.layout
-        requests = np.zeros(self.tuning.window, np.int64)
+        requests = np.zeros(w.PIECES * self.tuning.window, np.int64)
         headers = np.zeros(3 * w.HEADER_RING * w.CHECKED_HEADER_BYTES // 8, np.int64)
         if self._undo.nbytes < layout.chunk:
             self._undo = np.zeros(layout.chunk // 8, np.int64)
@@ -245,6 +246,7 @@ class Engine:
         row[w.WINDOW] = self.tuning.window
         row[w.AHEAD] = layout.ahead
         row[w.TOLD] = mailbox.told.ctypes.data
+        row[w.WAYS] = mailbox.ways.ctypes.data
         row[w.NUMBER] = mailbox.number.ctypes.data
         row[w.CREDITS_OFFSET] = layout.credits
         row[w.DOZE_OFFSET] = layout.doze
@@ -346,9 +348,21 @@ class Engine:
         self._check_open()
         if not 0 <= mailbox.round < mailbox.layout.rounds:
             raise ArgumentError(f"round {mailbox.round} is out of range")
+        if what.scattered:
+            self._stage(mailbox)
         if not rounds.post(self.words, mailbox.index, mailbox.round, *what, int(kick)):
             raise ExchangeError(f"mailbox {mailbox.index}: its last round is still under way")
         mailbox.round += 1
+
+    def _stage(self, mailbox: Mailbox) -> None:
+        """See to it that `mailbox` can bring pieces of its source together."""
+        if mailbox.staging is None:
+            with self.locked():
+                nbytes = self.tuning.window * mailbox.layout.chunk
+                mailbox.staging = MemoryRegion(self.context, nbytes=nbytes)
+                row = self.table[mailbox.index]
+                row[w.STAGING] = mailbox.staging.address
+                row[w.STAGING_PARAM] = mailbox.staging.param_address
 
     def unhold(self, mailbox: Mailbox) -> None:
         """Let a held round mix."""
@@ -426,11 +440,10 @@ class Engine:
     def _drop_requests(self) -> None:
         """Give back the requests of rounds that were broken off."""
         for row in self.table[: len(self.mailboxes)]:
-            requests = jit.view_words(int(row[w.REQUESTS]), int(row[w.WINDOW]))
-            for part in range(int(row[w.SENT]), int(row[w.PUT])):
-                request = int(requests[part % int(row[w.WINDOW])])
-                if request > 0:
-                    ops.free(request)
+            requests = jit.view_words(int(row[w.REQUESTS]), w.PIECES * int(row[w.WINDOW]))
+            for request in requests[requests > 0]:
+                ops.free(int(request))
+            requests[:] = 0
             row[w.SENT] = row[w.PUT]
 
     @staticmethod

@@ -24,9 +24,9 @@ from ucxgossip.engine.handlers import mailbox_words
 from ucxgossip.engine.post import Post
 from ucxgossip.schedule import Rounds
 
-FIRST, COUNT, EPOCH, SOURCE, TARGET, NBYTES, OPERATION, PARAM, HELD, WHOLE = range(10)
-PARTNERS, WEIGHTS = 10, 11
-_WORDS = 12
+FIRST, COUNT, EPOCH, SOURCE, TARGET, NBYTES, OPERATION, PARAM, HELD, WHOLE, SCATTERED = range(11)
+PARTNERS, WEIGHTS = 11, 12
+_WORDS = 13
 
 ENDED, LEFT_OUT, LEAVE, POSTED, BROKEN = range(5)
 """What became of the next round: ended; ended, and chunks were left out; it was not posted; posted
@@ -59,6 +59,7 @@ def _post_next(engine: Any, index: int, itinerary: int, kick: int) -> bool:
         plan[HELD],
         partners[3 * place + 2],
         plan[WHOLE],
+        plan[SCATTERED],
         kick,
     )
     if posted:
@@ -122,7 +123,7 @@ class Itinerary:
         self._words = np.zeros(_WORDS, np.int64)
         self._words[:] = (
             *(first, count, epoch, what.source, what.target, what.nbytes, what.operation),
-            *(what.source_param, what.held, what.whole),
+            *(what.source_param, what.held, what.whole, what.scattered),
             *(self._partners.ctypes.data, self._weights.ctypes.data),
         )
         self.address = int(self._words.ctypes.data)

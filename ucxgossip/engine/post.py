@@ -8,7 +8,8 @@ from typing import NamedTuple
 class Post(NamedTuple):
     """What one round does: addresses in bytes, partners by rank (-1: none).
 
-    source, target: the same address mixes in place. operation: COPY, MIX_FLOAT32, MIX_FLOAT64,
+    source, target: the same address mixes in place. scattered: 1 where both are the addresses of
+    scatter-gather lists (`scattered`). operation: COPY, MIX_FLOAT32, MIX_FLOAT64,
     DELTA_FLOAT32 or DELTA_FLOAT64 of `words`. source_param: address of
     the request parameters with the source's memory handle, 0 for unregistered memory. held: mix
     only after `Engine.unhold`. next_writer: who puts the round `Layout.ahead` later, to get its
@@ -26,3 +27,4 @@ class Post(NamedTuple):
     held: int = 0
     next_writer: int = -1
     whole: int = 0
+    scattered: int = 0

@@ -28,6 +28,7 @@ from typing import Any
 from numba import types
 
 from ucxgossip import jit
+from ucxgossip.engine import ways
 from ucxgossip.engine import words as w
 from ucxgossip.engine.apply import apply
 from ucxgossip.engine.checks import checksum, intact
@@ -41,6 +42,7 @@ from ucxgossip.engine.handlers import (
     word_of,
 )
 from ucxgossip.mailbox import SIGNAL_RING
+from ucxgossip.scattered import array_at, gather, piece_at, pieces_in
 from ucxgossip.ucp import ops
 
 _IN_PROGRESS = 1
@@ -57,6 +59,33 @@ def _fail(mailbox: Any, status: int) -> int:
 @jit.njit
 def _endpoint(engine: Any, rank: int) -> int:
     return jit.view_words(engine[w.ENDPOINTS], engine[w.RANKS])[rank]  # type: ignore[no-any-return]
+
+
+@jit.njit
+def _requests(mailbox: Any, part: int) -> Any:
+    """The requests of the puts of chunk `part`; 0 where there is none, or none any more."""
+    return jit.view_words(mailbox[w.REQUESTS] + 8 * w.PIECES * (part % mailbox[w.WINDOW]), w.PIECES)
+
+
+@jit.njit
+def _staging(mailbox: Any, part: int) -> int:
+    return mailbox[w.STAGING] + mailbox[w.CHUNK] * (part % mailbox[w.WINDOW])  # type: ignore[no-any-return]
+
+
+@jit.njit
+def _together(mailbox: Any, part: int, offset: int, nbytes: int) -> int:
+    """Where chunk `part`, `nbytes` of the source from `offset` on, stands in one piece.
+
+    If it does not where it is, it is brought together in the staging memory.
+    """
+    source = mailbox[w.SOURCE]
+    if not mailbox[w.SCATTERED]:
+        return source + offset  # type: ignore[no-any-return]
+    address, length = piece_at(source, array_at(source, offset), offset, nbytes)
+    if length < nbytes:
+        address = _staging(mailbox, part)
+        gather(source, offset, nbytes, address, False)
+    return address  # type: ignore[no-any-return]
 
 
 @jit.njit
@@ -78,7 +107,7 @@ def _send(
     fields = jit.view_words(header, w.HEADER_WORDS + 1)
     fields[0], fields[1], fields[2] = mailbox[w.INDEX], number, chunk
     fields[3], fields[4], fields[5] = engine[w.EPOCH], engine[w.RANK], credit
-    data = mailbox[w.SOURCE] if nbytes else 0
+    data = _together(mailbox, chunk, 0, nbytes) if nbytes else 0
     if ident == w.AM_DATA and mailbox[w.CHECKS] != 0:
         fields[w.HEADER_WORDS] = checksum(engine, mailbox, number, chunk, data, nbytes)
         header_bytes = w.CHECKED_HEADER_BYTES
@@ -202,10 +231,11 @@ def _store_signalled(engine: Any, mailbox: Any, part: int, offset: int, nbytes: 
     number = mailbox[w.ROUND]
     direct = _peer(engine, mailbox, mailbox[w.TO])[2]
     place = place_of(mailbox, number, part)
-    slots = direct + mailbox[w.SLOTS_OFFSET]
-    jit.copy_memory(slots + place_offset(mailbox, place), mailbox[w.SOURCE] + offset, nbytes)
+    to = direct + mailbox[w.SLOTS_OFFSET] + place_offset(mailbox, place)
+    ways.store(mailbox, to, offset, nbytes)
     if mailbox[w.CHECKS] != 0:
-        check = checksum(engine, mailbox, number, part, mailbox[w.SOURCE] + offset, nbytes)
+        source = _together(mailbox, part, offset, nbytes)
+        check = checksum(engine, mailbox, number, part, source, nbytes)
         jit.view_words(direct + mailbox[w.CHECKS_OFFSET] + 8 * place, 1)[0] = check
     signal = jit.view_words(direct + mailbox[w.SIGNALS_OFFSET] + 8 * place, 1)
     jit.store_release(signal, 0, word_of(engine, mailbox, number, part))
@@ -219,44 +249,71 @@ def _outgoing(mailbox: Any, part: int) -> int:
 
 
 @jit.njit
-def _put_check(engine: Any, mailbox: Any, part: int, offset: int, nbytes: int) -> int:
-    """Put the checksum of one chunk; an error status, or 0."""
+def _put_check(engine: Any, mailbox: Any, part: int, source: int, nbytes: int) -> int:
+    """Put the checksum of one chunk, which stands at `source`; an error status, or 0."""
     number = mailbox[w.ROUND]
     peer = _peer(engine, mailbox, mailbox[w.TO])
     word = mailbox[w.OUT_CHECKS] + 8 * _outgoing(mailbox, part)
-    jit.view_words(word, 1)[0] = checksum(
-        engine, mailbox, number, part, mailbox[w.SOURCE] + offset, nbytes
-    )
+    jit.view_words(word, 1)[0] = checksum(engine, mailbox, number, part, source, nbytes)
     remote = peer[0] + mailbox[w.CHECKS_OFFSET] + 8 * place_of(mailbox, number, part)
     endpoint = _endpoint(engine, mailbox[w.TO])
     return _forget(ops.put(endpoint, word, 8, remote, peer[1], mailbox[w.OUT_PARAM]))
 
 
 @jit.njit
+def _put_pieces(engine: Any, mailbox: Any, part: int, offset: int, nbytes: int, to: int) -> int:
+    """Put one chunk to the address `to` from where its pieces are; an error status, or 0."""
+    endpoint = _endpoint(engine, mailbox[w.TO])
+    key = _peer(engine, mailbox, mailbox[w.TO])[1]
+    requests = _requests(mailbox, part)
+    source = mailbox[w.SOURCE]
+    first, done, index = array_at(source, offset), 0, 0
+    while done < nbytes:
+        address, length = piece_at(source, first + index, offset + done, nbytes - done)
+        request = ops.put(endpoint, address, length, to + done, key, mailbox[w.SOURCE_PARAM])
+        if request < 0:
+            return request
+        requests[index] = request
+        index, done = index + 1, done + length
+    return 0
+
+
+@jit.njit
+def _put_whole(engine: Any, mailbox: Any, part: int, offset: int, nbytes: int, to: int) -> int:
+    """Put one chunk to the address `to` in one piece, its checksum after it; a status as above."""
+    source, param = _together(mailbox, part, offset, nbytes), mailbox[w.SOURCE_PARAM]
+    if mailbox[w.SCATTERED] and source == _staging(mailbox, part):
+        param = mailbox[w.STAGING_PARAM]
+    key = _peer(engine, mailbox, mailbox[w.TO])[1]
+    request = ops.put(_endpoint(engine, mailbox[w.TO]), source, nbytes, to, key, param)
+    if request < 0:
+        return request
+    _requests(mailbox, part)[0] = request
+    if mailbox[w.CHECKS] == 0:
+        return 0
+    return _put_check(engine, mailbox, part, source, nbytes)
+
+
+@jit.njit
 def _put_signalled(engine: Any, mailbox: Any, part: int, offset: int, nbytes: int) -> int:
-    """Put one chunk and, behind a fence, its signal; the data's request as `ops.put` gives it."""
+    """Put one chunk and, behind a fence, its signal; an error status, or 0."""
     number = mailbox[w.ROUND]
     endpoint = _endpoint(engine, mailbox[w.TO])
     peer = _peer(engine, mailbox, mailbox[w.TO])
     base, key = peer[0], peer[1]
     place = place_of(mailbox, number, part)
-    request = ops.put(
-        endpoint,
-        mailbox[w.SOURCE] + offset,
-        nbytes,
-        base + mailbox[w.SLOTS_OFFSET] + place_offset(mailbox, place),
-        key,
-        mailbox[w.SOURCE_PARAM],
-    )
-    if request < 0:
-        return request
-    status = 0
-    if mailbox[w.CHECKS] != 0:
-        status = _put_check(engine, mailbox, part, offset, nbytes)
+    to = base + mailbox[w.SLOTS_OFFSET] + place_offset(mailbox, place)
+    if (
+        mailbox[w.SCATTERED]
+        and mailbox[w.CHECKS] == 0
+        and pieces_in(mailbox[w.SOURCE], offset, nbytes) <= w.PIECES
+    ):
+        status = _put_pieces(engine, mailbox, part, offset, nbytes, to)
+    else:
+        status = _put_whole(engine, mailbox, part, offset, nbytes, to)
     if status == 0:
         status = ops.fence(engine[w.WORKER])
     if status < 0:
-        _forget(request)
         return status
     word = mailbox[w.OUTGOING] + 8 * _outgoing(mailbox, part)
     jit.view_words(word, 1)[0] = word_of(engine, mailbox, number, part)
@@ -264,10 +321,7 @@ def _put_signalled(engine: Any, mailbox: Any, part: int, offset: int, nbytes: in
     status = _forget(ops.put(endpoint, word, 8, remote, key, mailbox[w.OUT_PARAM]))
     if status == 0 and not jit.view_words(engine[w.WAKES], engine[w.RANKS])[mailbox[w.TO]]:
         status = _ring(engine, mailbox, part)
-    if status < 0:
-        _forget(request)
-        return status
-    return request
+    return status
 
 
 @jit.njit
@@ -289,16 +343,15 @@ def _put_next(engine: Any, mailbox: Any) -> int:
     offset = part * mailbox[w.CHUNK]
     nbytes = min(mailbox[w.CHUNK], mailbox[w.NBYTES] - offset)
     if _peer(engine, mailbox, mailbox[w.TO])[2] != 0:
-        request = _store_signalled(engine, mailbox, part, offset, nbytes)
+        status = _store_signalled(engine, mailbox, part, offset, nbytes)
     elif mailbox[w.NBYTES] <= engine[w.EAGER]:
         to, credit = mailbox[w.TO], _riding(engine, mailbox)
-        request = _send(engine, mailbox, to, w.AM_DATA, mailbox[w.ROUND], 0, credit, nbytes)
+        status = _send(engine, mailbox, to, w.AM_DATA, mailbox[w.ROUND], 0, credit, nbytes)
+        _requests(mailbox, part)[0] = max(status, 0)
     else:
-        request = _put_signalled(engine, mailbox, part, offset, nbytes)
-    if request < 0:
-        return _fail(mailbox, request)
-    requests = jit.view_words(mailbox[w.REQUESTS], mailbox[w.WINDOW])
-    requests[part % mailbox[w.WINDOW]] = request
+        status = _put_signalled(engine, mailbox, part, offset, nbytes)
+    if status < 0:
+        return _fail(mailbox, status)
     mailbox[w.PUT] = part + 1
     return 1
 
@@ -306,21 +359,33 @@ def _put_next(engine: Any, mailbox: Any) -> int:
 @jit.njit
 def _reap(mailbox: Any) -> int:
     """Count the chunks whose source is free again; how many became so."""
-    requests = jit.view_words(mailbox[w.REQUESTS], mailbox[w.WINDOW])
     moved = 0
     while mailbox[w.SENT] < mailbox[w.PUT]:
-        request = requests[mailbox[w.SENT] % mailbox[w.WINDOW]]
-        if request > 0:
-            status = ops.check(request)
-            if status == _IN_PROGRESS:
-                break
-            ops.free(request)
-            requests[mailbox[w.SENT] % mailbox[w.WINDOW]] = 0
-            if status < 0:
-                return _fail(mailbox, status)
+        requests = _requests(mailbox, mailbox[w.SENT])
+        for index in range(w.PIECES):
+            request = requests[index]
+            if request != 0:
+                status = ops.check(request)
+                if status == _IN_PROGRESS:
+                    return moved
+                ops.free(request)
+                requests[index] = 0
+                if status < 0:
+                    return _fail(mailbox, status)
         mailbox[w.SENT] += 1
         moved += 1
     return moved
+
+
+@jit.njit
+def _apply_pieces(mailbox: Any, floats: Any, offset: int, nbytes: int, came: int) -> None:
+    """Mix the chunk at `came` into the arrays of the target that it belongs to."""
+    target = mailbox[w.TARGET]
+    array, done = array_at(target, offset), 0
+    while done < nbytes:
+        address, length = piece_at(target, array, offset + done, nbytes - done)
+        apply(mailbox, floats, address, came + done, length)
+        array, done = array + 1, done + length
 
 
 @jit.njit
@@ -338,7 +403,10 @@ def _mix_next(engine: Any, mailbox: Any, floats: Any) -> int:
     came = mailbox[w.SLOTS] + place_offset(mailbox, place_of(mailbox, mailbox[w.ROUND], part))
     if not intact(engine, mailbox, mailbox[w.ROUND], part, came, nbytes):
         return _fail(mailbox, w.CORRUPT)
-    apply(mailbox, floats, mailbox[w.TARGET] + offset, came, nbytes)
+    if mailbox[w.SCATTERED]:
+        _apply_pieces(mailbox, floats, offset, nbytes, came)
+    else:
+        apply(mailbox, floats, mailbox[w.TARGET] + offset, came, nbytes)
     mailbox[w.MIXED] = part + 1
     return 1
 
@@ -400,6 +468,7 @@ def post(
     held: int,
     next_writer: int,
     whole: int,
+    scattered: int,
     kick: int,
 ) -> bool:
     """Start round `number` of mailbox `index`; whoever drives takes it from here.
@@ -422,6 +491,7 @@ def post(
     mailbox[w.HELD] = held
     mailbox[w.NEXT_WRITER] = next_writer
     mailbox[w.WHOLE] = whole
+    mailbox[w.SCATTERED] = scattered
     mailbox[w.SPOILED] = 0
     mailbox[w.OWN_SPOILED] = 0
     mailbox[w.PUT] = 0
@@ -442,5 +512,5 @@ def post(
 
 
 _word = types.int64
-POST_SIGNATURE = types.boolean(types.int64[::1], *(_word,) * 8, types.float64, *(_word,) * 5)
+POST_SIGNATURE = types.boolean(types.int64[::1], *(_word,) * 8, types.float64, *(_word,) * 6)
 """The signature under which `post` is compiled ahead of its first call."""

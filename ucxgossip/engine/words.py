@@ -62,7 +62,7 @@ CAPACITY = 8  # bytes of the largest round
 WINDOW = 9  # chunks in flight
 CREDITS = 10  # local address of the credits that others gave, by rank: chunks below may be put
 PEERS = 11  # local address of (address, rkey, local pointer or 0) by rank
-REQUESTS = 12  # local address of `WINDOW` requests in flight
+REQUESTS = 12  # local address of requests in flight, `PIECES` for each of `WINDOW` chunks
 HEADERS = 13  # local address of a ring of message headers
 SLOTS_OFFSET = 14  # of slot 0 in the region, equal on all ranks
 SIGNALS_OFFSET = 15
@@ -73,9 +73,9 @@ TOLD = 19  # local address of the credits given to others, by rank
 
 # --- mailbox words: of the round under way -----------------------------------------------------
 ROUND = 20  # number
-SOURCE = 21  # address
+SOURCE = 21  # address, or of a scatter-gather list where SCATTERED
 SOURCE_PARAM = 22  # ucp_request_param_t of data puts
-TARGET = 23  # address
+TARGET = 23  # address, or of such a list
 NBYTES = 24
 PARTS = 25  # chunks of this round
 TO = 26  # rank put to, -1: none
@@ -106,10 +106,17 @@ DOZE = 48  # local address of the doze word: 1 where a store must be followed by
 DOZE_OFFSET = 49  # of that in the region, equal on all ranks
 CREDITS_OFFSET = 50
 PER_SLOT = 51  # chunks that one slot holds
-DEVICE = 52  # address of the words of `device_rounds`, 0: source and target are host memory
-MAILBOX_WORDS = 53
+SCATTERED = 52  # 1: the round under way is of several arrays (`scattered`)
+STAGING = 53  # local address of `WINDOW` chunks in which pieces are brought together, 0: none yet
+STAGING_PARAM = 54  # ucp_request_param_t of puts from there
+WAYS = 55  # local address of what `ways` keeps, by rank
+DEVICE = 56  # address of the words of `device_rounds`, 0: source and target are host memory
+MAILBOX_WORDS = 57
 
 ON_DEVICE = 1 << 47  # of a signal word: the chunk stands in the slots on the device
+
+PIECES = 8
+"""Puts of one chunk at most: one that stands in more pieces is brought together first."""
 
 # --- floats of a mailbox -----------------------------------------------------------------------
 ALPHA = 0

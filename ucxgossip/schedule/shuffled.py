@@ -30,27 +30,38 @@ class Shuffles:
 
     def __init__(self, size: int, seed: int) -> None:
         self._size, self._seed = size, seed
-        self._blocks: dict[int, tuple[list[list[int]], list[list[int]]]] = {}
+        self._blocks: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        self._number = -1
+        self._lists: tuple[list[list[int]], list[list[int]]] = ([], [])
 
-    def at(self, turn: int) -> tuple[list[int], list[int]]:
-        """Which rank stands at each place in shuffle `turn`, and each rank's place."""
-        number, index = divmod(turn, _BLOCK)
+    def _block(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Shuffles from ``_BLOCK * number`` on: ranks by place, and places by rank."""
         if number not in self._blocks:
             if len(self._blocks) > 1:
                 del self._blocks[min(self._blocks)]
             places = np.tile(np.arange(self._size), (_BLOCK, 1))
             ranks = np.random.default_rng((self._seed, number)).permuted(places, axis=1)
-            self._blocks[number] = ranks.tolist(), np.argsort(ranks, axis=1).tolist()
-        ranks_at, places_of = self._blocks[number]
-        return ranks_at[index], places_of[index]
+            self._blocks[number] = ranks, np.argsort(ranks, axis=1)
+        return self._blocks[number]
+
+    def at(self, turn: int) -> tuple[list[int], list[int]]:
+        """Which rank stands at each place in shuffle `turn`, and each rank's place."""
+        number, index = divmod(turn, _BLOCK)
+        if number != self._number:
+            ranks_at, places_of = self._block(number)
+            self._number, self._lists = number, (ranks_at.tolist(), places_of.tolist())
+        return self._lists[0][index], self._lists[1][index]
 
     def many(self, turns: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """As `at`, one row for each of `turns`."""
-        which, inverse = np.unique(turns, return_inverse=True)
-        found = [self.at(int(turn)) for turn in which]
-        ranks_at = np.array([ranks for ranks, _ in found], np.int64)
-        places_of = np.array([places for _, places in found], np.int64)
-        return ranks_at[inverse], places_of[inverse]
+        numbers, indices = np.divmod(turns, _BLOCK)
+        ranks_at = np.empty((len(turns), self._size), np.int64)
+        places_of = np.empty_like(ranks_at)
+        for number in sorted(set(numbers.tolist())):
+            rows = numbers == number
+            ranks, places = self._block(number)
+            ranks_at[rows], places_of[rows] = ranks[indices[rows]], places[indices[rows]]
+        return ranks_at, places_of
 
 
 class Rotated:
