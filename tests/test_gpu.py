@@ -124,17 +124,20 @@ def go_on(transport: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.spawn
+@pytest.mark.slow
 @pytest.mark.parametrize("job", RIGHT)
 def test_the_job_is_right_on_a_fake(job: str) -> None:
     assert run(job, "fake", "shm", 2) == RIGHT[job]
 
 
 @pytest.mark.spawn
+@pytest.mark.slow
 def test_no_ways_between_fakes_of_two_processes() -> None:
     assert run("ways", "fake", "shm", 2) == {"ways": 0}
 
 
 @pytest.mark.spawn
+@pytest.mark.slow
 @pytest.mark.parametrize("transport", ["tcp", "shm"])
 def test_the_others_go_on_on_a_fake(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on(transport, "fake", monkeypatch)

@@ -264,7 +264,7 @@ class Engine:
         """Let the rounds of `mailbox` exchange memory of `device`, by staging in pinned memory.
 
         Before its first round. Sources and targets are device addresses from then on; `Staging`
-        says when they may be read. `DeviceError` where the device refuses.
+        says when they may be read. `DeviceError` where the device refuses. Untested on hardware.
         """
         self._check_open()
         with self.locked():
