@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ucxgossip import jit
-from ucxgossip.engine import Engine, Post, Tuning, drive, rounds, ways
+from ucxgossip.engine import Engine, Post, Tuning, credits, drive, ways
 from ucxgossip.engine import words as w
 from ucxgossip.engine.checks import checksum
 from ucxgossip.errors import ArgumentError, ClosedError, ExchangeError
@@ -53,7 +53,7 @@ class Pair:
         engine, box = self.engines[rank], self.boxes[rank]
         for number in numbers:
             credit = (number + 1) * box.layout.chunks
-            assert rounds.grant(engine.words, engine.table[box.index], 1 - rank, credit) == 0
+            assert credits.grant(engine.words, engine.table[box.index], 1 - rank, credit) == 0
 
     def step(self, *ranks: int) -> None:
         for rank in ranks or (0, 1):
@@ -483,7 +483,7 @@ def test_the_target_of_a_store_is_woken_if_it_dozes(pair: Pair, transport: str) 
         while ops.progress(worker):
             pass
         credit = (number + 1) * box.layout.chunks
-        rounds.grant(pair.engines[0].words, pair.engines[0].table[0], 1, credit)
+        credits.grant(pair.engines[0].words, pair.engines[0].table[0], 1, credit)
         assert box.credits[0] == credit
         assert bool(ops.progress(worker)) == bool(dozes)
         word[0] = 0

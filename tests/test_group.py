@@ -518,7 +518,7 @@ def test_a_credit_that_cannot_be_sent_to_a_living_rank_is_an_error(
         group.exchange(np.ones(8), mailbox=box)
         group.agree("reached", {})
         if group.rank == 0:
-            monkeypatch.setattr("ucxgossip.posting.rounds.grant", lambda *_: -25)
+            monkeypatch.setattr("ucxgossip.posting.credits.grant", lambda *_: -25)
             with group.steady():
                 group.grant(box, 1, 0)
             group.look_around()

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ucxgossip.buffer import Buffer
-from ucxgossip.engine import Post, itinerary, rounds
+from ucxgossip.engine import Post, credits, itinerary
 from ucxgossip.engine import words as w
 from ucxgossip.engine.itinerary import Itinerary
 from ucxgossip.errors import ArgumentError, IntegrityError, UCXError
@@ -400,7 +400,9 @@ class Posting(Partners):
         """
         with self.engine.locked():
             credit = number * mailbox.layout.chunks
-            status = rounds.grant(self.engine.words, self.engine.table[mailbox.index], rank, credit)
+            status = credits.grant(
+                self.engine.words, self.engine.table[mailbox.index], rank, credit
+            )
         if status < 0:
             error = UCXError(ops.SEND, int(status), status_name(int(status)), "a credit")
             self._doubtful.append((rank, self.epoch, error))

@@ -7,7 +7,7 @@ from typing import Any
 from numba import types
 
 from ucxgossip import jit
-from ucxgossip.engine import rounds
+from ucxgossip.engine import credits
 from ucxgossip.engine import words as w
 from ucxgossip.engine.checks import intact
 from ucxgossip.engine.handlers import arrived, mailbox_words, place_of, place_offset
@@ -46,4 +46,4 @@ def prepare() -> None:
     """Compile what channels call, ahead of a step and outside of the worker's lock."""
     jit.compile_ahead(complete, types.boolean(_words, _word, _word, _word))
     jit.compile_ahead(first_corrupt, _word(_words, _word, _word, _word))
-    jit.compile_ahead(rounds.grant, types.int64(_words, _words, _word, _word))
+    jit.compile_ahead(credits.grant, types.int64(_words, _words, _word, _word))

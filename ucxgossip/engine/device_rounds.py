@@ -37,7 +37,7 @@ import numpy as np
 
 from ucxgossip import jit
 from ucxgossip.device import table as t
-from ucxgossip.engine import rounds
+from ucxgossip.engine import credits, rounds, sending
 from ucxgossip.engine import words as w
 from ucxgossip.engine.checks import intact
 from ucxgossip.engine.handlers import (
@@ -114,7 +114,7 @@ def launched(mailbox: Any) -> bool:
 @jit.njit
 def _broken(mailbox: Any, status: int) -> int:
     """End the round: a call of the device's driver returned `status`."""
-    return rounds._fail(mailbox, w.DEVICE_FAILED - status)
+    return rounds.fail(mailbox, w.DEVICE_FAILED - status)
 
 
 @jit.njit
@@ -133,7 +133,7 @@ def _way(engine: Any, mailbox: Any, device: Any) -> int:
     to = mailbox[w.TO]
     if to < 0 or device[WAYS] == 0 or mailbox[w.CHECKS] != 0:
         return 0
-    mapped = rounds._peer(engine, mailbox, to)[2] != 0
+    mapped = sending.twin(engine, mailbox, to)[2] != 0
     if not mapped and mailbox[w.NBYTES] <= engine[w.EAGER]:
         return 0
     return jit.view_words(device[WAYS], engine[w.RANKS])[to]  # type: ignore[no-any-return]
@@ -159,8 +159,8 @@ def _copy_out(engine: Any, mailbox: Any, device: Any, table: Any) -> int:
     to = device[OUT] + place * mailbox[w.CHUNK]
     if device[WAY] != 0:
         number = mailbox[w.ROUND]
-        credits = jit.view_words(mailbox[w.CREDITS], engine[w.RANKS])
-        if jit.load_acquire(credits, mailbox[w.TO]) <= position(mailbox, number, part):
+        given = jit.view_words(mailbox[w.CREDITS], engine[w.RANKS])
+        if jit.load_acquire(given, mailbox[w.TO]) <= position(mailbox, number, part):
             return 0
         to = device[WAY] + place_offset(mailbox, place_of(mailbox, number, part))
     status = t.copy(
@@ -199,18 +199,18 @@ def _signal(engine: Any, mailbox: Any, part: int) -> int:
     to, number = mailbox[w.TO], mailbox[w.ROUND]
     place = place_of(mailbox, number, part)
     word = word_of(engine, mailbox, number, part) | w.ON_DEVICE
-    peer = rounds._peer(engine, mailbox, to)
+    peer = sending.twin(engine, mailbox, to)
     if peer[2] != 0:
         signals = jit.view_words(peer[2] + mailbox[w.SIGNALS_OFFSET] + 8 * place, 1)
         jit.store_release(signals, 0, word)
-        return rounds._ring(engine, mailbox, part) if rounds._dozes(mailbox, peer[2]) else 0
-    kept = mailbox[w.OUTGOING] + 8 * rounds._outgoing(mailbox, part)
+        return sending.ring(engine, mailbox, part) if sending.dozes(mailbox, peer[2]) else 0
+    kept = mailbox[w.OUTGOING] + 8 * sending.outgoing(mailbox, part)
     jit.view_words(kept, 1)[0] = word
     remote = peer[0] + mailbox[w.SIGNALS_OFFSET] + 8 * place
-    endpoint = rounds._endpoint(engine, to)
-    status = rounds._forget(ops.put(endpoint, kept, 8, remote, peer[1], mailbox[w.OUT_PARAM]))
+    endpoint = sending.endpoint_of(engine, to)
+    status = sending.forget(ops.put(endpoint, kept, 8, remote, peer[1], mailbox[w.OUT_PARAM]))
     if status == 0 and not jit.view_words(engine[w.WAKES], engine[w.RANKS])[to]:
-        status = rounds._ring(engine, mailbox, part)
+        status = sending.ring(engine, mailbox, part)
     return status
 
 
@@ -221,14 +221,14 @@ def _put(engine: Any, mailbox: Any, device: Any) -> int:
     if device[WAY] != 0:
         status = _signal(engine, mailbox, part)
         if status < 0:
-            return rounds._fail(mailbox, status)
+            return rounds.fail(mailbox, status)
         mailbox[w.PUT] = part + 1  # without a request: `_reap` counts it as sent
         return 1
     staging = device[OUT] + (part % device[OUT_PLACES]) * mailbox[w.CHUNK]
     # `rounds` finds chunk c of a round at SOURCE + c * CHUNK.
     mailbox[w.SOURCE] = staging - part * mailbox[w.CHUNK]
     mailbox[w.SOURCE_PARAM] = device[OUT_PARAM]
-    return rounds._put_next(engine, mailbox)
+    return rounds.put_next(engine, mailbox)
 
 
 @jit.njit
@@ -315,7 +315,7 @@ def _take_next(engine: Any, mailbox: Any, floats: Any, device: Any, table: Any) 
     slots = device[SLOTS_HERE] if there else mailbox[w.SLOTS]
     came = slots + place_offset(mailbox, place)
     if not there and not intact(engine, mailbox, number, part, came, _nbytes_of(mailbox, part)):
-        return rounds._fail(mailbox, w.CORRUPT)
+        return rounds.fail(mailbox, w.CORRUPT)
     status = _take_in(mailbox, floats, device, table, part, came, there)
     if status != 0:
         return _broken(mailbox, status)
@@ -384,7 +384,7 @@ def _see_end(engine: Any, mailbox: Any, floats: Any, device: Any, table: Any) ->
             return _broken(mailbox, status)
         _gather(mailbox, floats, device)
         device[PHASE] = ENDED
-    return rounds._finish(engine, mailbox)
+    return rounds.finish(engine, mailbox)
 
 
 @jit.njit
@@ -403,7 +403,7 @@ def _step(engine: Any, mailbox: Any, floats: Any, device: Any, table: Any, turn:
     if turn and mailbox[w.STATE] != w.FAILED:
         moved += _put(engine, mailbox, device)
     if mailbox[w.STATE] != w.FAILED:
-        moved += rounds._reap(mailbox)
+        moved += rounds.reap(mailbox)
     if mailbox[w.STATE] != w.FAILED:
         moved += _copy_out(engine, mailbox, device, table)
     if mailbox[w.STATE] != w.FAILED:
@@ -444,9 +444,9 @@ def advance_device(engine: Any, mailbox: Any, floats: Any, turn: bool) -> int:
     if mailbox[w.FROM] >= 0:
         number = mailbox[w.ROUND]
         mixed = position(mailbox, number, mailbox[w.MIXED])
-        status = rounds._grant_for(engine, mailbox, mailbox[w.FROM], number, mixed)
+        status = credits.grant_for(engine, mailbox, mailbox[w.FROM], number, mixed)
         if status < 0:
-            return rounds._fail(mailbox, status)
+            return rounds.fail(mailbox, status)
     table = jit.view_words(device[TABLE], t.WORDS)
     status = t.push(table)
     if status != 0:
