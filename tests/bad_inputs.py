@@ -367,6 +367,10 @@ CASES: tuple[Case, ...] = (
     Case("exchange", "group.exchange(np.array([None]))", R),
     Case("exchange", "group.exchange(np.broadcast_to(1.0, 3))", R),
     Case("exchange", "group.exchange(np.zeros(5))", R, before="group.exchange(np.zeros(4))"),
+    Case("exchange", "group.exchange([])", R),
+    Case("exchange", "group.exchange([array, array[1:]])", R),
+    Case("exchange", "group.exchange([np.zeros(4), np.zeros(4, np.float32)])", R),
+    Case("exchange", "group.exchange({'weight': array})", R),
     Case(
         "exchange",
         "group.exchange(np.zeros(8, np.float32))",
