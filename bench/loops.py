@@ -28,6 +28,21 @@ def _await_byte(worker: int, inbox: Any, value: int, deadline_ns: int) -> bool:
 
 
 @jit.njit
+def _finish(worker: int, request: int, deadline_ns: int) -> int:
+    """Progress until a request is done; its status, or `TIMED_OUT`."""
+    if request <= 0:
+        return request
+    status = ops.check(request)
+    while status == _IN_PROGRESS:
+        ops.progress(worker)
+        status = ops.check(request)
+        if status == _IN_PROGRESS and jit.now_ns() > deadline_ns:
+            status = TIMED_OUT
+    ops.free(request)
+    return status
+
+
+@jit.njit
 def ping_pong(
     worker: int,
     endpoint: int,
@@ -45,10 +60,11 @@ def ping_pong(
     """``len(samples) * batch`` round trips; each sample the mean ns of one round trip of a batch.
 
     The number of the trip travels in the last byte, which the receiver watches, as in
-    ucx_perftest's ucp_put_lat. Returns 0, a UCX error status, or `TIMED_OUT`.
+    ucx_perftest's ucp_put_lat. Returns 0, a UCX error status, or `TIMED_OUT`, after the last put
+    has left, which needs progress where it did not fit into a socket at once.
     """
     outbox, watched = jit.view_bytes(source, nbytes), jit.view_bytes(inbox, nbytes)
-    value = 0
+    value, request = 0, 0
     for sample in range(len(samples)):
         begun = jit.now_ns()
         for _ in range(batch):
@@ -56,30 +72,15 @@ def ping_pong(
             if not starts and not _await_byte(worker, watched, value, deadline_ns):
                 return TIMED_OUT
             outbox[-1] = value
+            if request > 0:
+                ops.free(request)
             request = ops.put(endpoint, source, nbytes, remote, key, param)
             if request < 0:
                 return request
-            if request > 0:
-                ops.free(request)
             if starts and not _await_byte(worker, watched, value, deadline_ns):
                 return TIMED_OUT
         samples[sample] = (jit.now_ns() - begun) // batch
-    return 0
-
-
-@jit.njit
-def _finish(worker: int, request: int, deadline_ns: int) -> int:
-    """Progress until a request is done; its status, or `TIMED_OUT`."""
-    if request <= 0:
-        return request
-    status = ops.check(request)
-    while status == _IN_PROGRESS:
-        ops.progress(worker)
-        status = ops.check(request)
-        if status == _IN_PROGRESS and jit.now_ns() > deadline_ns:
-            status = TIMED_OUT
-    ops.free(request)
-    return status
+    return _finish(worker, request, deadline_ns)
 
 
 @jit.njit
