@@ -332,7 +332,7 @@ CASES: tuple[Case, ...] = (
     Case("join", "ug.join(0, 1, tuning=4096)", A),
     Case("join", "ug.join()", A, before="os.environ['RANK'] = 'first'"),
     Case("join", "ug.join()", A, before="os.environ['WORLD_SIZE'] = '2.0'"),
-    Case("join", "ranks(1, 'ug.join(0, 2, store, timeout=0.2)')", "RankMissingError", breaks=True),
+    Case("join", "ranks(1, 'ug.join(0, 2, store, timeout=2)')", "RankMissingError", breaks=True),
     Case("join", "ranks(2, 'ug.join(rank, 2 + rank, store, timeout=30)')", "MismatchError"),
     Case(
         "join",
