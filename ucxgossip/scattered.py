@@ -9,8 +9,7 @@ one ends), where each one is in memory.
 
 Rejected: a mailbox for each array (1.45 times one array for ResNet-50 over shared memory: places
 that are cold again at each tensor); packing the payload first (each byte once more through memory);
-``UCP_DATATYPE_IOV`` (its entries must be kept for each put under way, and UCX 1.13 puts over TCP
-would copy them).
+``UCP_DATATYPE_IOV`` (its entries must be kept for each put under way; not tried).
 """
 
 from __future__ import annotations

@@ -358,7 +358,8 @@ class Engine:
         """See to it that `mailbox` can bring pieces of its source together."""
         if mailbox.staging is None:
             with self.locked():
-                nbytes = self.tuning.window * mailbox.layout.chunk
+                places = min(self.tuning.window, mailbox.layout.chunks)
+                nbytes = places * mailbox.layout.chunk
                 mailbox.staging = MemoryRegion(self.context, nbytes=nbytes)
                 row = self.table[mailbox.index]
                 row[w.STAGING] = mailbox.staging.address
