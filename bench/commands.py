@@ -76,8 +76,8 @@ def _add_step(benches: Any, common: Common) -> None:
     step.add_argument("--ranks", type=int, default=2, help="processes (default: 2)")
     step.add_argument(
         "--methods",
-        help="as for bench train (default: gossip-both-atc,gossip-weights-atc,allreduce); local "
-        "is always measured",
+        help="as for bench train (default: lockstep,gossip-both-atc,gossip-weights-atc,"
+        "gossip-weights-awc,allreduce); local is always measured",
     )
     step.add_argument(
         "--cores",

@@ -1,7 +1,7 @@
 """The ways to train together that `bench train` compares, by name.
 
-``local``, ``allreduce``, and gossip: ``gossip-MIX-COMBINE`` as `attach` takes them, with options
-after ``+``: ``gossip-both-atc+state``, ``gossip-weights-atc+stale2``.
+``local``, ``lockstep``, ``allreduce``, and gossip: ``gossip-MIX-COMBINE`` as `attach` takes them,
+with options after ``+``: ``gossip-both-atc+state``, ``gossip-weights-atc+stale2``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Any
 
 from ucxgossip.errors import ArgumentError
 
-ALONE = ("local", "allreduce")
+ALONE = ("local", "lockstep", "allreduce")
+"""local: no communication. lockstep: nothing is sent but a word to the step's partner, waited for
+after each step as the weights of gossip are: what it costs to wait for a partner at all."""
 
 BASES: dict[str, tuple[str, str]] = {
     "gossip-both-atc": ("both", "atc"),

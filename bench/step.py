@@ -2,8 +2,10 @@
 
 Every method, and `local`, which does not communicate, trains replicas of its own in the same
 processes, in blocks that take turns; a method's ratio is its time a step over that of `local` in
-the same repeat. A rank computes with one thread. Its batches are made before the clock starts, and
-a block ends when its rounds have ended.
+the same repeat. `lockstep` sends nothing but a word to the step's partner and waits for the
+partner's, as methods do whose ranks go step by step together: what steps that do not all take
+equally long cost there, however fast the communication is. A rank computes with one thread. Its
+batches are made before the clock starts, and a block ends when its rounds have ended.
 
 Where the threads run decides what is measured, so `--cores` pins them:
 
@@ -46,7 +48,7 @@ from ucxgossip.bench.table import Column, Table
 from ucxgossip.errors import ArgumentError, BenchError
 
 MODELS = "convnet,gpt,resnet20,gpt4"
-METHODS = "gossip-both-atc,gossip-weights-atc,gossip-weights-awc,allreduce"
+METHODS = "lockstep,gossip-both-atc,gossip-weights-atc,gossip-weights-awc,allreduce"
 COLUMNS = (
     Column("model", "model", "", "", 8),
     Column("ranks", "ranks", "", "d", 5),
@@ -83,7 +85,8 @@ def run(
     `local` comes first, named or not. cores: for each rank, 1 or 2; None: threads are not pinned.
     batch: samples a rank and step; as in `bench train` by default. steps: of a method in a repeat;
     by default as many as take half a second without communication.
-    exchange_ms: from post to end of all rounds of a step; hidden: the part of that under compute.
+    exchange_ms: from post to end of all rounds of a step; hidden: the part of that under compute;
+    both None without rounds, and under awc, where a round ends with the next step.
     """
     from ucxgossip.ucp import lib
 

@@ -119,8 +119,9 @@ class Course:
 
     def found(self, model: str, local: Course) -> dict[str, Any]:
         """What `step.make_row` takes."""
-        gossips = self._replica.gossip is not None
-        hidden = 1 - self.wait_s / self.exchange_s if self.exchange_s else None
+        # Rounds of awc end in the next step, when they are let mix, whenever they came.
+        gossips = self._replica.gossip is not None and parse(self.name).combine != "awc"
+        hidden = 1 - self.wait_s / self.exchange_s if gossips and self.exchange_s else None
         return {
             "model": model,
             "method": self.name,

@@ -47,7 +47,7 @@ def test_simulated_only(name: str) -> None:
     ],
 )
 def test_unknown(name: str) -> None:
-    with pytest.raises(ArgumentError, match="choose of local, allreduce, gossip-both-atc"):
+    with pytest.raises(ArgumentError, match="choose of local, lockstep, allreduce, gossip"):
         parse(name)
 
 

@@ -85,7 +85,8 @@ def test_command(
     pytest.importorskip("sklearn")
     if cores is not None and len(os.sched_getaffinity(0)) < cores:
         pytest.skip(f"fewer than {cores} cores")
-    path, methods = tmp_path / "rows.json", "gossip-both-atc,gossip-weights-atc+stale1,allreduce"
+    path = tmp_path / "rows.json"
+    methods = "lockstep,gossip-both-atc,gossip-weights-atc+stale1,allreduce"
     shape = ["--models", model, "--methods", methods, "--steps", "4", "--repeats", "2"]
     pinned = [] if cores is None else ["--cores", str(cores)]
     command = ["bench", "step", "--transport", transport, "--batch", "4", *shape, *pinned]
@@ -101,4 +102,4 @@ def test_command(
         assert row["hidden"] is None or 0 <= row["hidden"] <= 1
     assert found["local"]["ratio"] == 1.0 and found["local"]["spread"] == 0.0
     lines = [line for line in capsys.readouterr().out.splitlines() if line[0] != "#"]
-    assert len(lines) == 4
+    assert len(lines) == 5

@@ -26,6 +26,7 @@ KEYS = {
 
 SERVED = (
     "local",
+    "lockstep",
     "allreduce",
     "gossip-both-atc",
     "gossip-both-awc",
@@ -129,7 +130,10 @@ def test_diverged_runs_are_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        (["--methods", "mpi"], "unknown method 'mpi'; choose of local, allreduce, gossip-both"),
+        (
+            ["--methods", "mpi"],
+            "unknown method 'mpi'; choose of local, lockstep, allreduce",
+        ),
         (["--methods", ""], "at least one method"),
         (["--methods", "local,local"], "none twice"),
         (["--methods", "gossip-deferred"], "add --simulate"),
