@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
-from ucxgossip.engine import Engine, Tuning
+from ucxgossip.engine import Constants, Engine
 from ucxgossip.mailbox import Layout, Mailbox, parse_description
 from ucxgossip.ucp import Context, RemoteKey
 
@@ -28,7 +28,7 @@ class Engines:
         ranks: int,
         nbytes: int,
         depth: int,
-        tuning: Tuning,
+        tuning: Constants,
         settings: Mapping[str, str] | None = None,
         ring: bool = False,
     ) -> None:

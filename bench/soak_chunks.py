@@ -28,10 +28,11 @@ from ucxgossip.bench import soak_loops as loops
 from ucxgossip.bench.engines import Engines
 from ucxgossip.bench.spawn import ended, run_ranks
 from ucxgossip.bench.table import Column, Table
-from ucxgossip.engine import Engine, Tuning
+from ucxgossip.engine import Constants, Engine
 from ucxgossip.errors import BenchError
 from ucxgossip.group import Group, join
 from ucxgossip.mailbox import Layout, Mailbox
+from ucxgossip.tuning import Tuning
 from ucxgossip.ucp import MemoryRegion
 from ucxgossip.ucp.lib import status_name
 
@@ -98,9 +99,9 @@ class Case:
         return _PARTS * self.chunk
 
     @property
-    def tuning(self) -> Tuning:
+    def tuning(self) -> Constants:
         """Rounds of up to 64 B go as one message, so that all ways are in use."""
-        return Tuning(eager=64, chunk=self.chunk, window=self.window)
+        return Constants(eager=64, chunk=self.chunk, window=self.window)
 
     def plan(self) -> NDArray[np.int64]:
         """What the compiled loop is told."""
@@ -265,7 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("case")
     case = Case(**json.loads(parser.parse_args().case))
-    with join(transport=case.transport, tuning=case.tuning) as group:
+    with join(transport=case.transport, tuning=Tuning(**asdict(case.tuning))) as group:
         row = as_rank(case, group)
         if group.rank == 0:
             print(json.dumps(row), flush=True)

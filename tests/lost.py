@@ -8,13 +8,11 @@ import json
 import logging
 import sys
 import time
-from dataclasses import replace
 
 import numpy as np
 
 import ucxgossip as ug
 from ucxgossip import errors
-from ucxgossip.group import TUNING
 from ucxgossip.mixing import Collective
 
 AFTER = 40
@@ -26,7 +24,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="log %(message)s")
     end: dict[str, object] = {}
     # The large array goes through a ring of three chunks, of nine.
-    tuning = replace(TUNING[transport], chunk=1 << 17, ring=3)
+    tuning = ug.Tuning(chunk=1 << 17, ring=3)
     with ug.join(transport=transport, timeout=DEADLINE_S, dead_after=2.0, tuning=tuning) as group:
         try:
             rounds(group, losses, end)

@@ -9,7 +9,6 @@ import logging
 import os
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +16,6 @@ import numpy as np
 
 import ucxgossip as ug
 from ucxgossip import errors
-from ucxgossip.group import TUNING
 from ucxgossip.mixing import Collective, DeviceArray, DeviceHeld, DeviceInPlace, Meter
 
 AFTER = 40
@@ -36,7 +34,7 @@ def main() -> None:
     transport, losses = sys.argv[1], int(sys.argv[2])
     logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="log %(message)s")
     end: dict[str, object] = {}
-    tuning = replace(TUNING[transport], chunk=1 << 17)
+    tuning = ug.Tuning(chunk=1 << 17)
     with ug.join(transport=transport, timeout=DEADLINE_S, dead_after=2.0, tuning=tuning) as group:
         try:
             rounds(group, losses, end)

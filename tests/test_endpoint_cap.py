@@ -1,7 +1,6 @@
 """Endpoints beyond the cap are closed, and made again at need, while rounds go on."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,15 +9,13 @@ import pytest
 import ucxgossip as ug
 from ucxgossip import errors
 from ucxgossip.engine.engine import LEAST_ENDPOINTS
-from ucxgossip.group import TUNING
 from ucxgossip.mixing import Collective
 
 RANKS, ROUNDS = 8, 120
 
 
-def tuning(transport: str) -> ug.Tuning:
-    small = {"chunk": 512, "eager": 512, "ring": 3}
-    return replace(TUNING[transport], endpoints=LEAST_ENDPOINTS, **small)
+def tuning() -> ug.Tuning:
+    return ug.Tuning(endpoints=LEAST_ENDPOINTS, chunk=512, ring=3)
 
 
 @pytest.mark.parametrize("transport", ["tcp", "shm"])
@@ -42,7 +39,7 @@ def test_rounds_go_on_with_few_endpoints(
         assert all(box.intact() for box in boxes)
         return [float(array[0]) for array in arrays], most, len(group._used)
 
-    ends = job(RANKS, body, transport, timeout=60.0, tuning=tuning(transport))
+    ends = job(RANKS, body, transport, timeout=60.0, tuning=tuning())
     schedule = ug.Rotated(ug.Dissemination(RANKS), seed=0)
     values = np.arange(RANKS, dtype=float)
     for step in range(ROUNDS):
@@ -64,7 +61,7 @@ def test_exact_means_with_few_endpoints(job: Callable[..., list[Any]], transport
             collective.average(mean)
         return float(mean[0])
 
-    ends = job(RANKS, body, transport, timeout=60.0, tuning=tuning(transport))
+    ends = job(RANKS, body, transport, timeout=60.0, tuning=tuning())
     assert ends == pytest.approx([(RANKS - 1) / 2] * RANKS)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ucxgossip import jit
-from ucxgossip.engine import Engine, Post, Tuning, credits, drive, ways
+from ucxgossip.engine import Constants, Engine, Post, credits, drive, ways
 from ucxgossip.engine import words as w
 from ucxgossip.engine.checks import checksum
 from ucxgossip.errors import ArgumentError, ClosedError, ExchangeError
@@ -23,7 +23,7 @@ from ucxgossip.ucp import Context, Endpoint, RemoteKey, ops
 
 DEADLINE_S = 30.0
 CANARY = 64
-TUNING = Tuning(eager=64, chunk=1024, window=3)
+TUNING = Constants(eager=64, chunk=1024, window=3)
 
 
 @dataclass

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from ucxgossip.buffer import Buffer
 from ucxgossip.engine import channel
 from ucxgossip.mixing.collective import PIECE, Collective
 from ucxgossip.schedule import Dissemination, Rotated
+from ucxgossip.tuning import CONSTANTS
 
 Ranks = Callable[..., list[Any]]
 TIMEOUT = 30.0
@@ -391,6 +393,21 @@ def test_memory_from_allocate_outlives_the_group(store: Any) -> None:
 def test_bad_tuning(constants: dict[str, Any]) -> None:
     with pytest.raises(errors.ArgumentError, match="Tuning"):
         ug.Tuning(**constants)
+
+
+@pytest.mark.parametrize("transport", CONSTANTS)
+def test_tuning_leaves_the_rest_as_usual(transport: str, store: Any) -> None:
+    usual = CONSTANTS[transport]
+    assert ug.Tuning(endpoints=64).over(transport) == replace(usual, endpoints=64)
+    assert ug.Tuning(chunk=4096).over(transport) == replace(usual, chunk=4096, eager=4096)
+    assert ug.Tuning(eager=0, window=2).over(transport) == replace(usual, eager=0, window=2)
+    with ug.join(0, 1, store, transport, tuning=ug.Tuning(yields=7)) as group:
+        assert group.tuning == replace(usual, yields=7)
+
+
+def test_tuning_that_does_not_fit_the_transport(store: Any) -> None:
+    with pytest.raises(errors.ArgumentError, match="Tuning: chunk is 262144"):
+        ug.join(0, 1, store, "shm", tuning=ug.Tuning(eager=1 << 19))
 
 
 def test_mailbox_of_another_group(store: Any) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from ucxgossip.bench.engines import Engines
-from ucxgossip.engine import Post, Tuning, drive, rounds
+from ucxgossip.engine import Constants, Post, drive, rounds
 from ucxgossip.engine import words as w
 from ucxgossip.engine.handlers import arrived, place_of, place_offset
 from ucxgossip.ucp import ops
@@ -26,7 +26,7 @@ from ucxgossip.ucp import ops
 DEADLINE_S = 30.0
 CANARY = 64
 CHUNK = 128
-TUNING = Tuning(eager=64, chunk=CHUNK, window=2)
+TUNING = Constants(eager=64, chunk=CHUNK, window=2)
 
 PASS, HANDLE, MOVE, MOVE_AND_PUT = range(4)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ucxgossip import errors, ucp
-from ucxgossip.engine import Tuning
 from ucxgossip.group import Group, join
 from ucxgossip.mixing import Nesterov
 from ucxgossip.schedule import (
@@ -24,6 +23,7 @@ from ucxgossip.schedule import (
     Round,
     Schedule,
 )
+from ucxgossip.tuning import Tuning
 
 if TYPE_CHECKING:
     from ucxgossip.torch_hook.attach import attach

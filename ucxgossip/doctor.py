@@ -26,8 +26,8 @@ from ucxgossip.bench.table import Column, Table
 from ucxgossip.device import driver
 from ucxgossip.device.admission import check_wheel
 from ucxgossip.errors import BenchError, GossipError
-from ucxgossip.group import usual_tuning
 from ucxgossip.mailbox import SMALL, usual_depth
+from ucxgossip.tuning import usual
 from ucxgossip.ucp import lib
 
 SIZES = (8, 4096, 65536, 1 << 20, 4 << 20)
@@ -79,7 +79,7 @@ def run(
 
 def _tuning(transport: str) -> dict[str, object]:
     """The constants that a group over `transport` takes, if `join(tuning=)` names no others."""
-    constants = asdict(usual_tuning(transport))
+    constants = asdict(usual(transport))
     slots = ", ".join(f"{nbytes} B: {usual_depth(nbytes)}" for nbytes in (8, SMALL // 2, SMALL))
     return {
         "tuning": " ".join(f"{name}={value}" for name, value in constants.items()),

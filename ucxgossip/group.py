@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from importlib import metadata
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 
 from ucxgossip import forks, running
 from ucxgossip.buffer import Buffer
-from ucxgossip.engine import Engine, Tuning, itinerary
+from ucxgossip.engine import Constants, Engine, itinerary
 from ucxgossip.engine.itinerary import Itinerary
 from ucxgossip.errors import (
     ArgumentError,
@@ -47,7 +46,7 @@ from ucxgossip.rendezvous import Rendezvous
 from ucxgossip.schedule import Dissemination, Rotated, Schedule
 from ucxgossip.store import Place, Solitary, Store, open_store
 from ucxgossip.trust import find_token, new_token
-from ucxgossip.ucp import lib
+from ucxgossip.tuning import Tuning
 from ucxgossip.ucp.context import TRANSPORTS, Context
 from ucxgossip.ucp.memory import MemoryRegion
 
@@ -65,21 +64,6 @@ _SLICE_NS = 250_000_000
 _GOODBYE = 3.0
 
 log = logging.getLogger("ucxgossip")
-
-TUNING: dict[str, Tuning] = {
-    "tcp": Tuning(chunk=1 << 20, window=4, eager=1 << 16),
-    "shm": Tuning(chunk=1 << 18, window=16, ring=4),
-    "auto": Tuning(chunk=1 << 18, window=16, eager=1 << 16),
-}
-"""Constants by transport. eager: over TCP one message costs half of a put, its signal, its
-acknowledgement and a credit. ring: over shared memory 1 MiB, as large as a core's L2 cache; over a
-network what is under way must fit in (docs/performance.md)."""
-
-
-def usual_tuning(transport: str) -> Tuning:
-    """`TUNING`, with small messages only where an RDMA device may carry them (not measured)."""
-    found = TUNING[transport]
-    return replace(found, eager=4096) if transport == "auto" and lib.rdma_devices() else found
 
 
 def join(
@@ -105,13 +89,13 @@ def join(
     MASTER_PORT; without them, a job of one rank). `store` is anything with the methods of
     ``torch.distributed.Store`` that `store.Store` lists. transport: ``"auto"``, ``"tcp"`` or
     ``"shm"``. timeout: seconds that any wait of this group may take. settings: UCX settings by
-    name. tuning: constants of the engine. dead_after: seconds of silence after which a rank is
-    taken for dead (a process that ends is noticed at once). token: the secret that the job's ranks
-    share; by default that of `trust.find_token`, which needs no setting on one host or with a
-    shared home. verify: a checksum (XXH64) travels with every chunk and is checked before the chunk
-    is used (`IntegrityError`): to prove a network or a driver, not for each day
-    (docs/performance.md has its cost). min_size: so many ranks, the lowest, begin the job
-    (UCXGOSSIP_MIN_SIZE by default, or all); the others come to it later.
+    name. tuning: constants of the engine, where they are not to be the usual ones. dead_after:
+    seconds of silence after which a rank is taken for dead (a process that ends is noticed at
+    once). token: the secret that the job's ranks share; by default that of `trust.find_token`,
+    which needs no setting on one host or with a shared home. verify: a checksum (XXH64) travels
+    with every chunk and is checked before the chunk is used (`IntegrityError`): to prove a network
+    or a driver, not for each day (docs/performance.md has its cost). min_size: so many ranks, the
+    lowest, begin the job (UCXGOSSIP_MIN_SIZE by default, or all); the others come to it later.
 
     Raises `RankMissingError`, `MismatchError`, `SignatureError`, `PortInUseError`,
     `LibraryNotFoundError`, `ArgumentError` (`TokenError`), or `ForkError` in a process forked after
@@ -134,6 +118,7 @@ def join(
     place = Place.from_environment(rank, size)
     if store is None and place.size == 1:
         store, token = Solitary(), new_token() if token is None else token
+    constants = (tuning or Tuning()).over(transport)
     min_size = place.founders(min_size)
     secret = find_token(token)  # before a store is opened
     store = open_store(place, timeout) if store is None else store
@@ -148,7 +133,7 @@ def join(
         common = (
             context,
             meeting,
-            tuning or usual_tuning(transport),
+            constants,
             place,
             dead_after,
             verify,
@@ -193,7 +178,7 @@ def _running_jobs(meeting: Rendezvous, place: Place, note: str) -> Iterator[runn
             time.sleep(_LOOK_S)
 
 
-def _facts(context: Context, tuning: Tuning) -> dict[str, object]:
+def _facts(context: Context, tuning: Constants) -> dict[str, object]:
     """What all ranks must bring alike to join; the number of ranks is compared before.
 
     UCX: releases that differ in their second number select lanes and protocols differently, each
@@ -232,7 +217,7 @@ class Group(Posting):
         self,
         context: Context,
         meeting: Rendezvous,
-        tuning: Tuning,
+        tuning: Constants,
         place: Place,
         dead_after: float = DEAD_AFTER,
         verify: bool = False,

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
 from ucxgossip import forks
-from ucxgossip.engine import Engine, Tuning
+from ucxgossip.engine import Constants, Engine
 from ucxgossip.errors import (
     ExchangeError,
     ExchangeTimeoutError,
@@ -68,7 +68,7 @@ class Setup:
     meeting: Rendezvous
     size: int
     dead_after: float
-    tuning: Tuning
+    tuning: Constants
     verify: bool
 
 

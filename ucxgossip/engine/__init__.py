@@ -10,7 +10,7 @@ engine that only its own thread may drive (two thread switches a blocking round)
 own (another copy, and the parameters would have to live in shared memory).
 """
 
-from ucxgossip.engine.engine import Engine, Tuning
+from ucxgossip.engine.engine import Constants, Engine
 from ucxgossip.engine.post import Post
 
-__all__ = ["Engine", "Post", "Tuning"]
+__all__ = ["Constants", "Engine", "Post"]

@@ -42,18 +42,8 @@ LEAST_ENDPOINTS = 4
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """Constants of the engine.
-
-    Measured: spins, yields, eager and ring (docs/performance.md). The others are starting values.
-
-    eager: largest payload (bytes) that travels in one message with its signal. spins, yields:
-    idle passes before yielding, and (at most) before sleeping. chunk (bytes) and window (chunks):
-    what is put, signalled and mixed at a time, and how many may be in flight. endpoints:
-    connections to other ranks that are kept; beyond it the one that was not used for longest is
-    closed. ring: chunks that a mailbox for large blocking rounds holds (`Group.mailbox`); 0: whole
-    payloads.
-    """
+class Constants:
+    """What `ucxgossip.Tuning` names, in full: that docstring says what each of them is."""
 
     eager: int = 4096
     spins: int = 0
@@ -91,12 +81,12 @@ class Engine:
         context: Context,
         rank: int,
         size: int,
-        tuning: Tuning | None = None,
+        tuning: Constants | None = None,
         ring: bool = True,
         max_mailboxes: int = 4096,
     ) -> None:
         self.context, self.rank, self.size = context, rank, size
-        self.tuning = tuning or Tuning()
+        self.tuning = tuning or Constants()
         self.worker = Worker(context)
         self.endpoints: dict[int, Endpoint] = {}
         self.mailboxes: list[Mailbox] = []

@@ -1,0 +1,69 @@
+"""The engine's constants by transport, and what a user says of them.
+
+Rejected: one class with defaults of its own for both (whoever named the number of endpoints got the
+chunks, windows and rings of no transport in particular with it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+
+from ucxgossip.engine import Constants
+from ucxgossip.ucp import lib
+
+CONSTANTS: dict[str, Constants] = {
+    "tcp": Constants(chunk=1 << 20, window=4, eager=1 << 16),
+    "shm": Constants(chunk=1 << 18, window=16, ring=4),
+    "auto": Constants(chunk=1 << 18, window=16, eager=1 << 16),
+}
+"""eager: over TCP one message costs half of a put, its signal, its acknowledgement and a credit.
+ring: over shared memory 1 MiB, as large as a core's L2 cache; over a network what is under way must
+fit in (docs/performance.md)."""
+
+
+def usual(transport: str) -> Constants:
+    """`CONSTANTS`, with small messages only where an RDMA device may carry them (not measured)."""
+    found = CONSTANTS[transport]
+    return replace(found, eager=4096) if transport == "auto" and lib.rdma_devices() else found
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Constants of the engine, for `join`; what is left out is as usual for the transport.
+
+    eager: largest payload (bytes) that travels in one message with its signal; at most `chunk`, and
+    with a smaller `chunk` alone as large as that. spins, yields: idle passes before yielding, and
+    (at most) before sleeping. chunk (bytes, a multiple of 8) and window (chunks): what is put,
+    signalled and mixed at a time, and how many may be in flight. endpoints: connections to other
+    ranks that are kept; beyond it the one that was not used for longest is closed. ring: chunks
+    that a mailbox for large blocking rounds holds (`Group.mailbox`); 0: whole payloads.
+
+    `ArgumentError` for what is no such number. ``ucxgossip doctor`` shows what is usual, and
+    docs/performance.md what was measured: spins, yields, eager and ring; the others are starting
+    values.
+    """
+
+    eager: int | None = None
+    spins: int | None = None
+    yields: int | None = None
+    chunk: int | None = None
+    window: int | None = None
+    endpoints: int | None = None
+    ring: int | None = None
+
+    def __post_init__(self) -> None:
+        largest = max(each.chunk for each in CONSTANTS.values())
+        self._over(replace(CONSTANTS["auto"], chunk=largest))
+
+    def over(self, transport: str) -> Constants:
+        """These, and the usual ones of `transport` for the others."""
+        return self._over(usual(transport))
+
+    def _over(self, others: Constants) -> Constants:
+        named = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.eager is None and isinstance(self.chunk, int):
+            named["eager"] = min(others.eager, max(0, self.chunk))
+        return replace(others, **named)
+
+
+assert [each.name for each in fields(Tuning)] == [each.name for each in fields(Constants)]
