@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ucxgossip.bench import mpirun, plot
+from ucxgossip.bench.arguments import at_least_one, positive
 from ucxgossip.bench.environment import environment
 from ucxgossip.bench.pair import check_device
 from ucxgossip.bench.payloads import Payload
@@ -67,6 +68,8 @@ def run(
     if figure is not None:
         plot.check("bench exchange", figure)
     check_device(device)
+    at_least_one("bench exchange", repeats=repeats)
+    positive("bench exchange", seconds=seconds)
     if device != "cpu":
         if against:
             raise ArgumentError("bench exchange: --device cuda has no peers; leave --against out")

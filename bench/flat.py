@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ucxgossip.bench.arguments import at_least_one, file_to_write, positive
 from ucxgossip.bench.environment import environment
 from ucxgossip.bench.network import MOST_RANKS, Network, bits_per_second
 from ucxgossip.bench.network import check as check_network
@@ -116,10 +117,8 @@ def _check(ranks: Sequence[int], sizes: Sequence[int], repeats: int, seconds: fl
         raise ArgumentError(
             f"bench flat: sizes are {list(sizes)} bytes; different whole numbers of float32"
         )
-    if repeats < 1:
-        raise ArgumentError(f"bench flat: repeats is {repeats}; must be at least 1")
-    if not 0 < seconds < float("inf"):
-        raise ArgumentError(f"bench flat: seconds is {seconds:g}; must be positive")
+    at_least_one("bench flat", repeats=repeats)
+    positive("bench flat", seconds=seconds)
 
 
 def make_row(found: Row, rate: str, before: Sequence[Row]) -> Row:
@@ -141,8 +140,7 @@ def check_plot(path: str) -> None:
         raise BenchError(
             "bench flat --plot: matplotlib is not installed; run pip install matplotlib"
         ) from None
-    if not Path(path).resolve().parent.is_dir():
-        raise ArgumentError(f"cannot write {path}: there is no such folder")
+    file_to_write(path)
 
 
 def draw(rows: Sequence[Row], path: str) -> None:

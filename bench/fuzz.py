@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ucxgossip import greeting, jit
+from ucxgossip.bench.arguments import file_to_write
 from ucxgossip.bench.environment import environment
 from ucxgossip.bench.table import Column, Table, write_json
 from ucxgossip.board import Board
@@ -478,6 +479,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument("--json", metavar="FILE", help="write the environment and the rows here")
     chosen = options.parse_args(arguments)
     try:
+        if chosen.json:
+            file_to_write(chosen.json)
         facts, rows = run(chosen.inputs, chosen.seed)
         if chosen.json:
             write_json(chosen.json, facts, rows)

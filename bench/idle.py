@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from ucxgossip.bench.arguments import positive
 from ucxgossip.bench.environment import environment
 from ucxgossip.bench.spawn import run_ranks
 from ucxgossip.bench.table import Column, Table
@@ -50,8 +51,7 @@ def run(
 
     if not ranks or min(ranks) < 2:
         raise ArgumentError(f"bench idle: ranks are {list(ranks)}; at least 2 each")
-    if not 0 < seconds < float("inf"):
-        raise ArgumentError(f"bench idle: seconds is {seconds:g}; must be positive")
+    positive("bench idle", seconds=seconds)
     library = lib.load()
     facts = environment(".".join(map(str, library.version)), library.path)
     table = Table(COLUMNS)

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from ucxgossip import jit
+from ucxgossip.bench.arguments import at_least_one
 from ucxgossip.bench.environment import environment
 from ucxgossip.bench.summary import summarize
 from ucxgossip.bench.table import Column, Table
@@ -97,8 +98,7 @@ def run(
         for dst, _ in pairs:
             if size % ITEMSIZE[dst]:
                 raise ArgumentError(f"bench kernels: {size} bytes are no whole number of {dst}")
-    if repeats < 1:
-        raise ArgumentError(f"bench kernels: repeats is {repeats}; must be at least 1")
+    at_least_one("bench kernels", repeats=repeats)
     if min(threads or [1]) < 1:
         raise ArgumentError(f"bench kernels: threads are {threads}; must be at least 1 each")
     facts = environment(None, None)

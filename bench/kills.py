@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from statistics import mean, stdev
 from typing import Any
 
+from ucxgossip.bench.arguments import file_to_write
 from ucxgossip.bench.environment import environment
 from ucxgossip.bench.kills_rank import SAY
 from ucxgossip.bench.spawn import ended, free_port, lines, pipes, rank_environment, start_rank
@@ -185,6 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not 0 < options.per_job < options.ranks or options.kills < 1:
         raise ArgumentError("bench kills: at least one kill, and one rank that survives each job")
+    if options.json:
+        file_to_write(options.json)
     library = lib.load()
     facts = environment(".".join(map(str, library.version)), str(library.path))
     rows = [

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple
 
+from ucxgossip.bench.arguments import file_to_write
 from ucxgossip.errors import ArgumentError, BenchError
 
 SWATCHES = ("#7f7f7f", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -33,8 +33,7 @@ def check(command: str, path: str) -> None:
     """`BenchError` without matplotlib, `ArgumentError` for a path that cannot be written."""
     if importlib.util.find_spec("matplotlib") is None:
         raise BenchError(f"{command} --plot: matplotlib is not installed; pip install matplotlib")
-    if not Path(path).resolve().parent.is_dir():
-        raise ArgumentError(f"cannot write {path}: there is no such folder")
+    file_to_write(path)
 
 
 def draw(lines: Mapping[Line, Points], title: str, label: str, path: str) -> None:

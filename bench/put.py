@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 from ucxgossip.bench import plot
+from ucxgossip.bench.arguments import at_least_one, positive
 from ucxgossip.bench.environment import environment
 from ucxgossip.bench.pair import Pair, check_device
 from ucxgossip.bench.perftest import Perftest, find_perftest
@@ -55,6 +56,8 @@ def run(
         plot.check("bench put", figure)
     if against is not None and against not in PEERS:
         raise ArgumentError(f"bench put: unknown peer {against!r}; choose {', '.join(PEERS)}")
+    at_least_one("bench put", repeats=repeats)
+    positive("bench put", seconds=seconds)
     library = lib.load()
     version = ".".join(map(str, library.version))
     peer = find_perftest(library.path) if against else None

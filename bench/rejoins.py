@@ -27,6 +27,7 @@ from typing import Any
 
 import torch.distributed
 
+from ucxgossip.bench.arguments import file_to_write
 from ucxgossip.bench.environment import environment
 from ucxgossip.bench.kills import train
 from ucxgossip.bench.spawn import ended, free_port, lines
@@ -192,6 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.ranks < 2 or options.cycles < 1:
         raise ArgumentError("bench rejoins: at least two ranks and one cycle")
+    if options.json:
+        file_to_write(options.json)
     library = lib.load()
     facts = environment(".".join(map(str, library.version)), str(library.path))
     rows = [

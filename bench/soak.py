@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ucxgossip.bench import soak_chunks, soak_exchanges
+from ucxgossip.bench.arguments import file_to_write
 from ucxgossip.bench.environment import environment
 from ucxgossip.bench.table import write_json
 from ucxgossip.errors import ArgumentError, GossipError
@@ -98,6 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a soak; 0 when nothing broke."""
     options = parser().parse_args(arguments)
     try:
+        if options.json:
+            file_to_write(options.json)
         facts, rows, fault = options.action(options)
         if options.json:
             write_json(options.json, facts, rows)

@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ucxgossip.bench.arguments import at_least_one
 from ucxgossip.bench.environment import environment
 from ucxgossip.bench.spawn import run_ranks
 from ucxgossip.bench.table import Column, Table
@@ -54,8 +55,7 @@ def run(
 
     if not ranks or min(ranks) < 1:
         raise ArgumentError(f"bench startup: ranks are {list(ranks)}; at least 1 each")
-    if repeats < 1:
-        raise ArgumentError(f"bench startup: repeats is {repeats}; must be at least 1")
+    at_least_one("bench startup", repeats=repeats)
     library = lib.load()
     facts = environment(".".join(map(str, library.version)), library.path)
     facts |= {"transport": transport, "repeats": repeats}

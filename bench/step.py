@@ -40,6 +40,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ucxgossip.bench.arguments import at_least_one
 from ucxgossip.bench.environment import environment
 from ucxgossip.bench.methods import parse
 from ucxgossip.bench.neighbour import describe, neighbour_cost
@@ -155,9 +156,7 @@ def _check(
             f"bench step: this process may run on {there} cores, too few to pin {ranks} ranks with "
             f"--cores {cores}"
         )
-    for what, number in (("steps", steps), ("repeats", repeats), ("batch", batch)):
-        if number is not None and number < 1:
-            raise ArgumentError(f"bench step: {what} is {number}; must be at least 1")
+    at_least_one("bench step", steps=steps, repeats=repeats, batch=batch)
     for name in models:
         if name not in tasks.TASKS:
             raise ArgumentError(f"unknown model {name!r}; choose one of {', '.join(tasks.TASKS)}")

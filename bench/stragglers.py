@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ucxgossip.bench.arguments import at_least_one
 from ucxgossip.bench.environment import environment
 from ucxgossip.bench.methods import parse
 from ucxgossip.bench.spawn import run_ranks
@@ -108,9 +109,7 @@ def _check(
         raise ArgumentError(f"bench stragglers: slow is {slow:g}; a factor from 1 on")
     if not 0 < compute_ms < float("inf"):
         raise ArgumentError(f"bench stragglers: compute is {compute_ms:g} ms; must be positive")
-    for what, number in (("steps", steps), ("repeats", repeats)):
-        if number < 1:
-            raise ArgumentError(f"bench stragglers: {what} is {number}; must be at least 1")
+    at_least_one("bench stragglers", steps=steps, repeats=repeats)
     if not methods or len(set(methods)) != len(methods):
         raise ArgumentError("bench stragglers: name at least one method, and none twice")
     for name in methods:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ucxgossip.bench import tasks
+from ucxgossip.bench.arguments import at_least_one
 from ucxgossip.bench.methods import Method, parse
 from ucxgossip.bench.setting import DECAYS, OPTIMIZERS, Setting
 from ucxgossip.errors import ArgumentError
@@ -106,9 +107,7 @@ def make(
         steps=STEPS[model] if steps is None else steps,
         batch=BATCH[model] if batch is None else batch,
     )
-    for what, number in (("steps", setting.steps), ("batch", setting.batch), ("seeds", seeds)):
-        if number < 1:
-            raise ArgumentError(f"bench train: {what} is {number}; must be at least 1")
+    at_least_one("bench train", steps=setting.steps, batch=setting.batch, seeds=seeds)
     if min(ranks) < 1:
         raise ArgumentError(f"bench train: no job of {min(ranks)} ranks")
     return Plan(model, ranks, methods, chosen, setting, seeds, simulate)

@@ -116,6 +116,10 @@ def test_schedules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ["bench", "exchange", "--sizes", "alexnet"],
         ["bench", "exchange", "--sizes", "8", "--plot", "/nowhere/at/all.png"],
         ["bench", "put", "--plot", "/nowhere/at/all.png"],
+        ["bench", "put", "--repeats", "0"],
+        ["bench", "put", "--seconds", "0"],
+        ["bench", "exchange", "--repeats", "0"],
+        ["bench", "exchange", "--seconds", "nan"],
         ["bench", "exchange", "--against", "carrier_pigeon"],
     ],
     ids=" ".join,
@@ -128,6 +132,16 @@ def test_bad_arguments_exit_with_2(
     said = capsys.readouterr().err
     assert said.startswith("ucxgossip: ArgumentError: ")
     assert not path.exists()
+
+
+@pytest.mark.parametrize("path", ["/nowhere/at/all.json", "."])
+def test_nothing_is_measured_for_a_file_that_cannot_be(
+    path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["schedules", "--ranks", "3", "--json", path]) == 2
+    told = capsys.readouterr()
+    assert told.err.startswith(f"ucxgossip: ArgumentError: cannot write {path}")
+    assert not told.out
 
 
 @pytest.mark.parametrize(

@@ -242,6 +242,28 @@ def test_size_and_dtype_may_not_change_between_rounds(store: Any) -> None:
         group.exchange(np.zeros(4, np.float32))
 
 
+def test_dtype_may_not_change_between_rounds_of_a_mailbox(store: Any) -> None:
+    with ug.join(0, 1, store) as group:
+        box = group.mailbox(16, ring=True)
+        group.exchange(np.zeros(4, np.float32), mailbox=box)
+        with pytest.raises(errors.ArrayError, match="dtypes may not change"):
+            group.exchange(np.zeros(2), mailbox=box)
+        group.exchange(np.zeros(4, np.float32), mailbox=box)
+
+
+@pytest.mark.parametrize("what", ["dtype", "schedule"])
+def test_ranks_exchange_the_same_through_a_mailbox(job: Ranks, transport: str, what: str) -> None:
+    def body(group: ug.Group) -> None:
+        box = group.mailbox(32, ring=True)
+        odd = group.rank == 1
+        array = np.zeros(8, np.float32) if odd and what == "dtype" else np.zeros(4)
+        schedule = Rotated(Dissemination(2), 5) if odd and what == "schedule" else None
+        with pytest.raises(errors.MismatchError, match=f"mailbox {box.index}: .*{what}"):
+            group.exchange(array, schedule=schedule, mailbox=box)
+
+    check(job(2, body, transport))
+
+
 @pytest.mark.parametrize("schedule", [Dissemination(3), "ring", None.__class__])
 def test_schedule_must_fit(store: Any, schedule: Any) -> None:
     with ug.join(0, 1, store) as group, pytest.raises(errors.ScheduleError):

@@ -31,6 +31,7 @@ from ucxgossip.schedule import (
     endless,
     many,
     repeats,
+    resized,
 )
 from ucxgossip.schedule.check import RANKS, STEPS
 
@@ -725,6 +726,34 @@ class Made:
 
     def describe(self) -> str:
         return "Made()"
+
+
+def test_attributes_that_only_look_like_ours_are_left_alone() -> None:
+    made = Made(lambda rank, step: Round(rank ^ 1, rank ^ 1))
+    made.rounds = made.resized = [1, 2, 3]  # type: ignore[attr-defined]
+    to, sender, weights = many(made, np.arange(4), np.zeros(4, np.int64))
+    assert to.tolist() == sender.tolist() == [1, 0, 3, 2] and weights.tolist() == [0.5] * 4
+    assert resized(made, 2).size == 2
+    check_rounds(made)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "word"),
+    [
+        (lambda ranks, steps: len(ranks), "method rounds fails .*TypeError"),
+        (lambda: 4, "method rounds fails .*TypeError"),
+        (lambda ranks, steps: (ranks[:1], ranks[:1], ranks[:1] + 0.5), "1 rounds for 4 ranks"),
+        (
+            lambda ranks, steps: (ranks ^ 1, ranks ^ 1, np.full(len(ranks), 0.25)),
+            r"rank 0 in step 0 to, sender, weight \(1, 1, 0.25\), its method round \(1, 1, 0.5\)",
+        ),
+    ],
+)
+def test_a_vectorised_form_must_say_the_same(rounds: Callable[..., object], word: str) -> None:
+    made = Made(lambda rank, step: Round(rank ^ 1, rank ^ 1))
+    made.rounds = rounds  # type: ignore[attr-defined]
+    with pytest.raises(ScheduleError, match=word):
+        check_rounds(made)
 
 
 def test_what_a_user_made_promises_nothing() -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ucxgossip.bench.arguments import file_to_write
 from ucxgossip.bench.commands import add as add_benches
 from ucxgossip.bench.table import parse_sizes, write_json
 from ucxgossip.errors import ArgumentError, GossipError
@@ -381,6 +382,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ArgumentError(
                 f"unknown transport {transport!r}; choose one of {', '.join(TRANSPORTS)}"
             )
+        if getattr(options, "json", None):
+            file_to_write(options.json)
         facts, rows = options.action(options)
         if getattr(options, "json", None):
             write_json(options.json, facts, rows)

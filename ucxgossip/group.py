@@ -97,9 +97,10 @@ def join(
     or a driver, not for each day (docs/performance.md has its cost). min_size: so many ranks, the
     lowest, begin the job (UCXGOSSIP_MIN_SIZE by default, or all); the others come to it later.
 
-    Raises `RankMissingError`, `MismatchError`, `SignatureError`, `PortInUseError`,
-    `LibraryNotFoundError`, `ArgumentError` (`TokenError`), or `ForkError` in a process forked after
-    its parent joined; nothing is left behind then.
+    Raises `RendezvousError` (no store answers; `RankMissingError`, `MismatchError`,
+    `SignatureError`, `PortInUseError` are such), `LibraryNotFoundError`, `UCXError`,
+    `ArgumentError` (`TokenError`), or `ForkError` in a process forked after its parent joined;
+    nothing is left behind then.
     """
     if not isinstance(transport, str) or transport not in TRANSPORTS:
         known = ", ".join(repr(name) for name in TRANSPORTS)
@@ -230,7 +231,7 @@ class Group(Posting):
         self._closing = threading.RLock()
         forks.watch(self)
         self._exchange_box: Mailbox | None = None
-        self._exchange_dtype: np.dtype[Any] | None = None
+        self._exchanged: dict[int, np.dtype[Any]] = {}
         self._last_buffer: tuple[object, Buffer] | None = None
         self._default_schedule = Rotated(Dissemination(self.size), seed=0)
         self._checked_schedule: Schedule = self._default_schedule
@@ -276,12 +277,12 @@ class Group(Posting):
         """One blocking round: put `array` to this step's partner, take another's. Collective.
 
         array: 1-D, contiguous, writeable; float32 or float64 where mix=True, and of the same size
-        and dtype in each call (`ArrayError` else). Or a list or tuple of such arrays, all of one
-        dtype: they travel in one round, as if they stood one behind the other. With mix=True the
-        array becomes the mean of itself and what came in, and is returned; with mix=False it stays,
-        and what came in is returned as a new array, or a list of them. schedule:
-        `Rotated(Dissemination(size))` by default; the same in each call. mailbox: one of
-        `mailbox(nbytes, ring=True)`, to exchange payloads of several sizes.
+        and dtype in each call on a mailbox (`ArrayError`) and on all ranks (`MismatchError`). Or a
+        list or tuple of such arrays, all of one dtype: they travel in one round, as if they stood
+        one behind the other. With mix=True the array becomes the mean of itself and what came in,
+        and is returned; with mix=False it stays, and what came in is returned as a new array, or a
+        list of them. schedule: `Rotated(Dissemination(size))` by default; the same in each call.
+        mailbox: one of `mailbox(nbytes, ring=True)`, to exchange payloads of several sizes.
         nonfinite: what mixing does with a chunk in which this rank or the other has a NaN or an
         infinity: ``"skip"`` leaves this rank's values as they are, counts (`nonfinite`) and warns;
         ``"raise"`` does so and raises `NonFiniteError` after the round; ``"allow"`` mixes.
@@ -328,6 +329,7 @@ class Group(Posting):
                 "sizes may not change between rounds. For several sizes make one "
                 "group.mailbox(nbytes, ring=True) each and pass it as mailbox="
             )
+        self._agree_on_exchange(box, buffer, chosen)
         if self.size == 1:
             return array if mix else buffer.copy().contents
         # A copy, not empty memory: a schedule may give this rank nobody to receive from.
@@ -383,24 +385,31 @@ class Group(Posting):
         if buffer.nbytes == 0:
             raise ArrayError("the array is empty")
         if self._exchange_box is None:
-            self.agree(
-                "exchange",
-                {
-                    "bytes": buffer.nbytes,
-                    "dtype": str(buffer.dtype),
-                    "schedule": schedule.describe(),
-                },
-                once="exchange",
-            )
+            self._agree("exchange", buffer, schedule)  # what differs is told before memory is taken
             with self.naming("exchange"):
                 self._exchange_box = self.mailbox(buffer.nbytes, ring=True)
-            self._exchange_dtype = buffer.dtype
-        elif self._exchange_dtype != buffer.dtype:
-            raise ArrayError(
-                f"exchange: the array is {buffer.dtype}, the first one was {self._exchange_dtype}; "
-                "dtypes may not change between rounds"
-            )
+            self._exchanged[self._exchange_box.index] = buffer.dtype
         return self._exchange_box
+
+    def _agree_on_exchange(self, box: Mailbox, buffer: Buffer, schedule: Schedule) -> None:
+        """In the first round of a mailbox all ranks bring the same; later the dtype stays."""
+        first = self._exchanged.get(box.index)
+        if first is None:
+            self._agree(f"exchange, mailbox {box.index}", buffer, schedule)
+            self._exchanged[box.index] = buffer.dtype
+        elif first != buffer.dtype:
+            raise ArrayError(
+                f"exchange: the array is {buffer.dtype}, the first one was {first}; dtypes may not "
+                "change between rounds of a mailbox"
+            )
+
+    def _agree(self, name: str, buffer: Buffer, schedule: Schedule) -> None:
+        facts = {
+            "bytes": buffer.nbytes,
+            "dtype": str(buffer.dtype),
+            "schedule": schedule.describe(),
+        }
+        self.agree(name, facts, once=name)
 
     # --- the end -------------------------------------------------------------------------------
 

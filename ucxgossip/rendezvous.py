@@ -1,10 +1,10 @@
 """Where the ranks of a job meet: signed blobs, agreement and a deadline, over a key-value store.
 
-Used at join, when a mailbox is made and at close; never in a step. The store is torch's TCPStore
-by default (torchrun starts one anyway), or anything with its five methods. Agreement costs each
-rank a handful of requests: everyone compares with rank 0 and counts itself in, the last one
-declares the result, and the first difference found is declared to all, so that every rank fails
-with the same message.
+Used at join and at close; what ranks say to each other between goes from warden to warden. The
+store is torch's TCPStore by default (torchrun starts one anyway), or anything with its five
+methods. Agreement costs each rank a handful of requests: everyone compares with rank 0 and counts
+itself in, the last one declares the result, and the first difference found is declared to all, so
+that every rank fails with the same message.
 
 Nothing that is read from the store is believed before its seal is open (`board`), and what ranks
 say after they have met is sealed for this job alone (`greeting`).

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from numbers import Integral, Real
 
+import numpy as np
+
 from ucxgossip.errors import ScheduleError
-from ucxgossip.schedule.base import Round, Schedule, check_inner, check_size, check_whole
+from ucxgossip.schedule.base import Round, Schedule, check_inner, check_size, check_whole, many
 
 STEPS = 64
 """Most steps looked at."""
@@ -17,9 +19,10 @@ RANKS = 1024
 def check_rounds(schedule: Schedule) -> None:
     """Raise `ScheduleError` where a round of the first period cannot be carried out.
 
-    That is: a rank that does not exist, a rank that exchanges with itself, a weight outside 0 to
-    1, or a put and a receipt that do not belong together (so that some rank would receive two, or
-    wait for ever). Looks at `STEPS` steps and `RANKS` ranks at most.
+    That is: a rank that does not exist, a rank that exchanges with itself, a weight outside 0 to 1,
+    or a put and a receipt that do not belong together (so that some rank would receive two, or wait
+    for ever); or a method ``rounds`` that says otherwise than ``round``. Looks at `STEPS` steps and
+    `RANKS` ranks at most.
     """
     check_inner("check_rounds", schedule)
     name = schedule.describe()
@@ -31,6 +34,9 @@ def check_rounds(schedule: Schedule) -> None:
             fault = _fault(schedule, parts, rank, step)
             if fault:
                 raise ScheduleError(f"{name}: rank {rank} in step {step} {fault}")
+        fault = _rounds_fault(schedule, parts, step)
+        if fault:
+            raise ScheduleError(f"{name}: its method rounds {fault}")
 
 
 def _part(schedule: Schedule, parts: dict[int, Round], rank: int, step: int) -> Round:
@@ -53,6 +59,29 @@ def _fault(schedule: Schedule, parts: dict[int, Round], rank: int, step: int) ->
         other = _part(schedule, parts, part.sender, step)
         if getattr(other, "to", None) != rank:
             return f"waits for rank {part.sender}, which has {_put(other)}"
+    return None
+
+
+def _rounds_fault(schedule: Schedule, parts: dict[int, Round], step: int) -> str | None:
+    """What is wrong with the vectorised form, if there is one: it must say what ``round`` says."""
+    if not callable(getattr(schedule, "rounds", None)):
+        return None
+    ranks = np.array(sorted(parts), np.int64)
+    try:
+        to, sender, weights = many(schedule, ranks, np.full(len(ranks), step, np.int64))
+        found = list(zip(to.tolist(), sender.tolist(), weights.tolist(), strict=True))
+    except Exception as error:  # a user's code
+        return f"fails on arrays of ranks and steps: {type(error).__name__}: {error}"
+    if len(found) != len(ranks):
+        return f"gives {len(found)} rounds for {len(ranks)} ranks"
+    for rank, said in zip(ranks.tolist(), found, strict=True):
+        part = parts[rank]
+        wanted = tuple(-1 if other is None else int(other) for other in (part.to, part.sender))
+        if said != (*wanted, float(part.weight)):
+            return (
+                f"gives rank {rank} in step {step} to, sender, weight {said}, its method round "
+                f"{(*wanted, float(part.weight))}"
+            )
     return None
 
 

@@ -32,7 +32,7 @@ def resized(schedule: Schedule, size: int) -> Schedule:
     if schedule.size == size:
         return schedule
     own = getattr(schedule, "resized", None)
-    if own is not None:
+    if callable(own):
         found: Schedule = own(size)
         return found
     if isinstance(schedule, Dissemination | Ring | BaseTwo | GlobalAverage):

@@ -399,7 +399,8 @@ class Gossip:
         """Finish the rounds under way and give the model back without hooks. Collective.
 
         Parameters keep their values, in memory of their own; hooks are gone; the optimizer's
-        ``zero_grad`` is its own again. No round is waited for in a group that failed or closed.
+        ``zero_grad`` is its own again. The mailboxes stay registered until the group closes
+        (docs/resources.md). No round is waited for in a group that failed or closed.
         Further calls do nothing, in any thread.
         """
         with self._detaching:
