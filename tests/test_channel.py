@@ -11,7 +11,6 @@ import pytest
 import ucxgossip as ug
 from ucxgossip import jit
 from ucxgossip.channel import Channel
-from ucxgossip.engine import Constants
 from ucxgossip.engine import channel as engine_channel
 from ucxgossip.errors import (
     ArgumentError,
@@ -120,7 +119,7 @@ def test_half_a_message_is_no_message(as_ranks: Any, store: Any) -> None:
     """Chunks are put one by one; the last one's signal alone does not make a message."""
 
     def rank(number: int) -> None:
-        tuning = Constants(chunk=64, window=1, eager=0)
+        tuning = ug.Tuning(chunk=64, window=1, eager=0)
         with ug.join(number, 2, store, "shm", 30.0, tuning=tuning) as group:
             channel = to_right(group, 256)
             if number == 1:
@@ -144,7 +143,7 @@ def test_half_a_message_is_no_message(as_ranks: Any, store: Any) -> None:
 @pytest.mark.parametrize("count", [8, 100, 5000])
 def test_verified_messages(as_ranks: Any, store: Any, transport: str, count: int) -> None:
     """Whole ones pass; one flipped byte, in any chunk, ends the group with a named error."""
-    tuning = Constants(chunk=4096, window=2, eager=1024)
+    tuning = ug.Tuning(chunk=4096, window=2, eager=1024)
 
     def rank(number: int) -> None:
         with ug.join(number, 2, store, transport, 30.0, tuning=tuning, verify=True) as group:

@@ -19,8 +19,8 @@ from ucxgossip.ucp.memory import MemoryRegion
 class Buffer:
     """Memory of a payload: an address, its size, and the request parameters to put it with.
 
-    `owner` keeps the memory alive. `param` 0: not registered. scattered: the payload stands in
-    several arrays, and `address` is that of their list (`scattered`).
+    `owner` keeps the memory alive. `param` 0: not registered; region: as which it is. scattered:
+    the payload stands in several arrays, and `address` is that of their list (`scattered`).
     """
 
     address: int
@@ -29,6 +29,7 @@ class Buffer:
     owner: object
     param: int = 0
     scattered: bool = False
+    region: MemoryRegion | None = None
 
     @classmethod
     def of(cls, array: NDArray[Any], region: MemoryRegion | None = None) -> Buffer:
@@ -48,7 +49,7 @@ class Buffer:
         if not array.flags.writeable:
             raise ArrayError("the array is read-only; it is averaged in place")
         param = 0 if region is None else region.param_address
-        return cls(array.ctypes.data, array.nbytes, array.dtype, array, param)
+        return cls(array.ctypes.data, array.nbytes, array.dtype, array, param, region=region)
 
     @classmethod
     def of_all(cls, arrays: Sequence[NDArray[Any]]) -> Buffer:

@@ -50,7 +50,7 @@ from ucxgossip.tuning import Tuning
 from ucxgossip.ucp.context import TRANSPORTS, Context
 from ucxgossip.ucp.memory import MemoryRegion
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Raised whenever ranks of different releases could not work together."""
 
 _Payload = TypeVar("_Payload", NDArray[Any], Sequence[NDArray[Any]])
@@ -252,8 +252,8 @@ class Group(Posting):
         """Zeroed registered memory for payloads, 64 bytes past the start of a page.
 
         Not at its start: what travels behind a header of up to 15 bytes would be copied at a third
-        of the speed there (docs/performance.md, "64 KiB over TCP"). It is registered until the
-        group closes, and belongs to NumPy: views outlive the group.
+        of the speed there (docs/performance.md, "64 KiB over TCP"). It is registered until it
+        is freed or the group closes, and belongs to NumPy: views outlive the group.
         """
         self._check_usable()
         if isinstance(nbytes, bool) or not isinstance(nbytes, int) or nbytes < 1:
@@ -263,6 +263,17 @@ class Group(Posting):
         start = (_PAST_PAGE - raw.ctypes.data) % page
         with self.engine.locked():
             return MemoryRegion(self.context, array=raw[start : start + nbytes])
+
+    def give_back(self, mailbox: Mailbox) -> None:
+        """As `Meetings.give_back`; the next exchange through it may be of another dtype."""
+        super().give_back(mailbox)
+        self._exchanged.pop(mailbox.index, None)
+
+    def free(self, buffer: Buffer) -> None:
+        """Deregister memory of `allocate` that no round uses any more; views of it stay valid."""
+        if buffer.region is not None and not self._closed:
+            with self.engine.locked():
+                buffer.region.close()
 
     # --- rounds --------------------------------------------------------------------------------
 

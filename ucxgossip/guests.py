@@ -18,7 +18,7 @@ from ucxgossip.errors import (
     GossipError,
     RankMissingError,
 )
-from ucxgossip.history import History
+from ucxgossip.history import SPARE, History
 from ucxgossip.mailbox import Layout, Mailbox
 from ucxgossip.members import NOW, SHUT, STEP
 from ucxgossip.membership import Membership, Setup
@@ -40,6 +40,7 @@ class Guests(Membership):
         self._history = History()
         self._inherited: set[str] = set()
         self._unclaimed: dict[str, Mailbox] = {}
+        self._spare: dict[int, Mailbox] = {}
         self._settled = 0
         self._arriving: list[tuple[Callable[[], None], Callable[[int], None]]] = []
         self._note = ""
@@ -99,7 +100,10 @@ class Guests(Membership):
             self._history, self._settled = history, passed
             for name, nbytes, depth, ring in history.mailboxes[known:]:
                 mailbox = self._open(self._layout(nbytes, depth, ring))
-                self._unclaimed[name] = mailbox
+                if name == SPARE:
+                    self._spare[mailbox.index] = mailbox
+                else:
+                    self._unclaimed[name] = mailbox
                 if mailbox.index < len(self._view_facts.rounds):
                     mailbox.base = mailbox.round = self._view_facts.rounds[mailbox.index]
 
@@ -123,6 +127,12 @@ class Guests(Membership):
 
     def _layout(self, nbytes: int, depth: int, ring: bool) -> Layout:
         return Layout(nbytes, depth, self.tuning.chunk, self.verify, self.size, ring)
+
+    def _take_spare(self, layout: Layout) -> Mailbox | None:
+        """The first mailbox of this layout that was given back, if any."""
+        with self._lock:
+            fitting = [i for i, mailbox in self._spare.items() if mailbox.layout == layout]
+            return self._spare.pop(min(fitting)) if fitting else None
 
     def _open(self, layout: Layout) -> Mailbox:
         with self.steady():

@@ -16,12 +16,16 @@ from typing import Any
 
 from ucxgossip.errors import RendezvousError
 
+SPARE = ""
+"""The name of a mailbox that was given back."""
+
 
 @dataclass
 class History:
     """agreed: facts by name, None for what is over. shared: what was merged, by name.
 
-    mailboxes: (name, bytes, depth, ring). door: when guests come in (`ucxgossip.members.Door`).
+    mailboxes: (name, bytes, depth, ring), by index. door: when guests come in
+    (`ucxgossip.members.Door`).
     """
 
     agreed: dict[str, Any] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from ucxgossip.errors import (
     MismatchError,
 )
 from ucxgossip.guests import Guests
-from ucxgossip.history import plain
+from ucxgossip.history import SPARE, plain
 from ucxgossip.mailbox import Mailbox, usual_depth
 from ucxgossip.members import Warden
 from ucxgossip.membership import Setup, log, nothing
@@ -265,11 +265,45 @@ class Meetings(Guests):
                     f"slots, rank {self.rank} has {nbytes} in {depth}"
                 )
             return mailbox
-        mailbox = self._open(layout)
+        spare = self._take_spare(layout)
+        mailbox = self._open(layout) if spare is None else spare
 
         def record() -> None:
-            self._history.mailboxes.append((name, nbytes, depth, ring))
+            known = self._history.mailboxes
+            known[mailbox.index : mailbox.index + 1] = [(name, nbytes, depth, ring)]
 
         facts = {"bytes": nbytes, "depth": depth, "ring": ring}
         self._compare(f"mailbox {mailbox.index}", facts, record)
+        if spare is not None:
+            self.restart(mailbox)
         return mailbox
+
+    def give_back(self, mailbox: Mailbox) -> None:
+        """No more rounds of `mailbox`, all of which have ended: the next of its layout is this one.
+
+        Collective in effect: all ranks give back the same ones before they make the next. It stays
+        registered: signals and credits of its last rounds may still be on their way to it.
+        `ArgumentError` for one of another group, one that was given back before, or one with a
+        round under way.
+        """
+        with self._lock:
+            mine = self.engine.mailboxes[mailbox.index : mailbox.index + 1] == [mailbox]
+            if not mine or mailbox.index in self._spare:
+                raise ArgumentError("give_back: the mailbox is not one of this group")
+            if self.engine.active(mailbox):
+                raise ArgumentError("give_back: a round of the mailbox is under way")
+            mailbox.in_flight, mailbox.itinerary, mailbox.asked = (), None, ()
+            known = self._history.mailboxes
+            known[mailbox.index] = (SPARE, *known[mailbox.index][1:])
+            self._spare[mailbox.index] = mailbox
+
+    def restart(self, mailbox: Mailbox) -> None:
+        """Begin anew with all slots free, so that the next round may follow any step.
+
+        Collective in effect: between this and the last round all ranks have met (`agree`).
+        """
+        with self.steady():
+            # Beyond the rounds whose credits are given out.
+            mailbox.round = max(mailbox.round, mailbox.base) + mailbox.layout.reach
+            mailbox.base = mailbox.round
+            mailbox.ahead.clear()

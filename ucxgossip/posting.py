@@ -382,17 +382,6 @@ class Posting(Partners):
             )
         return posted is not None
 
-    def restart(self, mailbox: Mailbox) -> None:
-        """Begin anew with all slots free, so that the next round may follow any step.
-
-        Collective in effect: between this and the last round all ranks have met (`agree`).
-        """
-        with self.steady():
-            # Beyond the rounds whose credits are given out.
-            mailbox.round = max(mailbox.round, mailbox.base) + mailbox.layout.reach
-            mailbox.base = mailbox.round
-            mailbox.ahead.clear()
-
     def grant(self, mailbox: Mailbox, rank: int, number: int) -> None:
         """Tell `rank` that it may put all rounds of `mailbox` below `number` here.
 

@@ -63,6 +63,12 @@ class Collective:
             self._mailbox = self.group.mailbox(PIECE)
         return self._mailbox
 
+    def give_back(self) -> None:
+        """Others may have the mailbox; the next call makes one again."""
+        if self._mailbox is not None:
+            self.group.give_back(self._mailbox)
+            self._mailbox = None
+
     def _once(self, array: NDArray[Any], schedule: Schedule, mix: bool, epoch: int) -> bool:
         """Run `schedule` on the array in `epoch`; whether all its rounds ended there."""
         mailbox, step = self.open(), PIECE // array.itemsize

@@ -172,6 +172,9 @@ class DeviceInPlace:
         self.mailbox.round = int(place["round"]) + position - int(place["position"])
         self.position = position
 
+    def give_back(self) -> None:
+        """Nothing: the mailbox has staging of its device."""
+
 
 class DeviceHeld(DeviceInPlace):
     """`Held` for an array on a device: travels at once, mixes only at `settle`."""

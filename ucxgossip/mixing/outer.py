@@ -115,3 +115,9 @@ class Outer:
         self._slow.enter(place["slow"], position)
         self._change.enter(place["change"], position)
         self._slow.array[:], self.velocity[:] = place["values"], place["velocity"]
+
+    def give_back(self) -> None:
+        """Mailboxes and memory of both streams."""
+        for stream in (self._slow, self._change):
+            stream.give_back()
+            stream.group.free(stream.buffer)

@@ -267,3 +267,6 @@ class PushSum:
     def enter(self, place: State, position: int) -> None:
         """Go on from `position` with a mass of 1: the mean is over one rank more."""
         self.position, self.mass = position, 1.0
+
+    def give_back(self) -> None:
+        """Nothing: a message may still be on its way, which nobody waits for."""

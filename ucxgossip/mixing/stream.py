@@ -75,6 +75,9 @@ class Stream(Protocol):
     def enter(self, place: State, position: int) -> None:
         """Go on from `position` with the others, who were at `place` before."""
 
+    def give_back(self) -> None:
+        """After `finish`, the last call: others may have mailboxes and memory of its own."""
+
 
 def registered(group: Group, count: int, dtype: np.dtype[Any]) -> Buffer:
     """`count` zeros in registered memory."""
@@ -170,6 +173,10 @@ class InPlace:
         """Go on from `position`."""
         self.mailbox.round = int(place["round"]) + position - int(place["position"])
         self.position = position
+
+    def give_back(self) -> None:
+        """The mailbox; the array is its owner's."""
+        self.group.give_back(self.mailbox)
 
 
 class Held(InPlace):
@@ -369,3 +376,9 @@ class Stale:
             lane.mailbox.round = int(number) + (new - old) // len(self.lanes)
             lane.pending = lane.flying = False
         self.position = position
+
+    def give_back(self) -> None:
+        """Mailboxes and snapshots."""
+        for lane in self.lanes:
+            self.group.give_back(lane.mailbox)
+            self.group.free(lane.snapshot)

@@ -105,6 +105,11 @@ class Flat:
         if self.on_device is not None:
             self.on_device.write(values)
 
+    def give_back(self, group: Group) -> None:
+        """Deregister the span, of which no round is under way; its views stay valid."""
+        if self.on_device is None:
+            group.free(self.buffer)
+
 
 class Bucket:
     """Some parameters of one dtype: their weights, gradients and the streams of both.
@@ -145,6 +150,15 @@ class Bucket:
                 parameter.data = parameter.data.clone()
                 if self.gradients is not None and parameter.grad is not None:
                     parameter.grad = parameter.grad.clone()
+
+    def give_back(self, group: Group) -> None:
+        """After `release`: memory and mailboxes, for others to have."""
+        for flat in (self.weights, self.gradients):
+            if flat is not None:
+                flat.give_back(group)
+        for stream in (self.gradients_stream, self.weights_stream):
+            if stream is not None:
+                stream.give_back()
 
     def check_in_place(self) -> None:
         """`ModelError` if a parameter's data is no longer where `adopt` put it."""

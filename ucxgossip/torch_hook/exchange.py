@@ -305,6 +305,18 @@ class Exchange:
         for bucket in self.buckets:
             bucket.release()
 
+    def give_back(self) -> None:
+        """After `finish` and `release`: memory and mailboxes, for the next model to have.
+
+        Not those of push-sum's channels, whose messages wait for nobody, and of devices.
+        """
+        for bucket in self.buckets:
+            bucket.give_back(self.group)
+        for part in (self.state, self.buffers):
+            if part is not None:
+                part.give_back()
+        self.collective.give_back()
+
     def stats(self) -> dict[str, Any]:
         """The part of `Gossip.stats` that the rounds make."""
         meter = self.meter

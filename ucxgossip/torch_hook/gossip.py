@@ -399,7 +399,7 @@ class Gossip:
         """Finish the rounds under way and give the model back without hooks. Collective.
 
         Parameters keep their values, in memory of their own; hooks are gone; the optimizer's
-        ``zero_grad`` is its own again. The mailboxes stay registered until the group closes
+        ``zero_grad`` is its own again. Memory and mailboxes are there for the next model
         (docs/resources.md). No round is waited for in a group that failed or closed.
         Further calls do nothing, in any thread.
         """
@@ -410,8 +410,9 @@ class Gossip:
     def _detach(self) -> None:
         self._snapshots.close()
         self.group.end_model(self.label, self._clock)
+        usable = not (self.group.failed or self.group.closed)
         try:
-            if not (self.group.failed or self.group.closed):
+            if usable:
                 for _, shuffled in self._shuffled:
                     shuffled.close()
                 self._exchange.finish()
@@ -420,6 +421,8 @@ class Gossip:
             raise
         finally:
             self._leave()
+        if usable:
+            self._exchange.give_back()
 
     def _leave(self) -> None:
         self._detached = True

@@ -163,6 +163,13 @@ class OptimizerState:
                 if entry and entry.get(name) is view:
                     entry[name] = view.clone()
 
+    def give_back(self) -> None:
+        """After `release`: memory and mailboxes, for others to have."""
+        for _, _, flat in self.flats:
+            flat.give_back(self.group)
+        for stream in self.streams:
+            stream.give_back()
+
 
 def _check_kinds(states: Sequence[Mapping[str, Any]], streams: Sequence[Stream]) -> None:
     if len(states) != len(streams):
@@ -196,7 +203,7 @@ class ModelBuffers:
     def __init__(
         self, model: torch.nn.Module, group: Group, schedule: Schedule, meter: Meter, modes: Modes
     ) -> None:
-        self.model, self.meter = model, meter
+        self.model, self.group, self.meter = model, group, meter
         self._masks: dict[str, torch.Tensor] | None = None
         self.parts: list[tuple[list[str], Flat, Stream]] = []
         for dtype in DTYPES:
@@ -261,3 +268,9 @@ class ModelBuffers:
         """Continue from `states`."""
         for (_, _, stream), each in zip(self.parts, states, strict=True):
             stream.load(each)
+
+    def give_back(self) -> None:
+        """After `finish`: memory and mailboxes, for others to have."""
+        for _, flat, stream in self.parts:
+            flat.give_back(self.group)
+            stream.give_back()
