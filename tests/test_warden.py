@@ -1,6 +1,7 @@
 """Wardens in one process: watch, meetings, questions, and a change of members."""
 
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from ucxgossip.errors import ExchangeTimeoutError, MismatchError, RankMissingError
-from ucxgossip.members import Facts, View, Warden
+from ucxgossip.members import Facts, View, Warden, switchboard
 from ucxgossip.trust import Seal
 
 DEADLINE_S = 20.0
@@ -181,6 +182,53 @@ def test_an_error_reaches_all() -> None:
         job.wardens[1].abort("out of memory")
         job.until(lambda: bool(job.told[0] and job.told[2]))
         assert job.told[0] == job.told[2] == ["1: out of memory"]
+
+
+def test_last_words_are_said_over_connections_that_are_not_open_yet() -> None:
+    with ranks(3) as job:
+        job.wardens[1].abort("out of memory")
+        job.wardens[1].close()
+        job.until(lambda: bool(job.told[0] and job.told[2]))
+        assert job.told[0] == job.told[2] == ["1: out of memory"]
+
+
+def test_ranks_that_leave_at_once_have_all_met() -> None:
+    """The leader comes last, and goes before its connections to the others are open."""
+
+    def leave(warden: Warden) -> bytes | None:
+        if warden.rank == 0:
+            job.until(lambda: len(warden._arrivals.get((0, 1), ())) == 2)
+        try:
+            return warden.meet(0, "leave", b"", joined, 2.0)
+        finally:
+            warden.leave()
+            warden.close()
+
+    for _ in range(5):
+        with ranks(3) as job:
+            assert together(job, leave) == [b"||"] * 3
+
+
+@contextmanager
+def mute() -> Iterator[Any]:
+    """An address that takes connections and says nothing, as a process that is stopped does."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()
+
+
+@pytest.mark.parametrize("talks", [False, True])
+def test_closing_waits_for_a_mute_rank_only_to_say_something(
+    monkeypatch: pytest.MonkeyPatch, talks: bool
+) -> None:
+    monkeypatch.setattr(switchboard, "_SAY_S", 0.2 if talks else 2 * DEADLINE_S)
+    with ranks(1) as job, mute() as address:
+        warden = job._make(0, 10.0)
+        warden.start({0: warden.address, 1: address})
+        warden.suspect(1)
+        if talks:
+            warden.abort("out of memory")
+        (end,) = together(job, lambda _: warden.close())
+        assert end is None and not warden._thread.is_alive()
 
 
 def test_ranks_that_leave_in_peace_are_not_missed(caplog: pytest.LogCaptureFixture) -> None:
