@@ -2,6 +2,7 @@
 
 import logging
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -279,6 +280,18 @@ def test_nobody_waits_for_a_warden_that_broke() -> None:
         job.until(lambda: bool(job.told[0]))
         assert "can watch over the others no longer: RuntimeError('broken')" in job.told[0][0]
         assert warden.meet(0, "anything", b"", lambda blobs, _: b"", DEADLINE_S) is None
+
+
+@pytest.mark.parametrize("text", [b'{"rank":Infinity}', b"[" * 992])
+def test_a_warden_outlives_what_a_stranger_says(text: bytes) -> None:
+    with ranks(2) as job:
+        address = job.wardens[0].address
+        with socket.create_connection(address, DEADLINE_S) as stranger:
+            stranger.settimeout(DEADLINE_S)
+            stranger.sendall(struct.pack(">I", 32 + len(text)) + bytes(32) + text)
+            while stranger.recv(64):  # the nonce, then the end
+                pass
+        assert job.wardens[1].doubt([0], 0, DEADLINE_S) and not job.told[0]
 
 
 def test_a_guest_learns_who_is_there_and_when_it_may_come_in() -> None:
