@@ -252,6 +252,22 @@ def test_doubt() -> None:
         assert job.wardens[0].view.members == (0, 1)
 
 
+def test_doubt_ends_when_the_group_is_closed() -> None:
+    with ranks(1) as job, mute() as address:
+        warden = job._make(0, 10.0)
+        warden.start({0: warden.address, 1: address})
+
+        def close_or_doubt(each: Warden) -> bool | None:
+            if each is warden:
+                return warden.doubt([1], 0, 3 * DEADLINE_S)
+            job.until(lambda: 1 in warden._probes)
+            warden.close()
+            return None
+
+        job.wardens.append(warden)
+        assert together(job, close_or_doubt) == [None, True]
+
+
 def test_a_connection_closed_by_the_event_before_its_own_is_passed_over() -> None:
     with ranks(2) as job:
         warden = job.wardens[0]

@@ -150,6 +150,7 @@ class Switchboard:
 
     def _on_stop(self) -> None:
         self._stop = True
+        self._notify()
         deadline = time.monotonic() + _SAY_S  # what is still to be said, an abort for one
         while not all(link.idle for link in self._links.values()):
             self._poll(TICK)
