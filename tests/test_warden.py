@@ -5,7 +5,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -340,6 +340,37 @@ def test_nobody_is_there_any_more() -> None:
             assert not guest.knock(DEADLINE_S)
         finally:
             guest.close()
+
+
+NOWHERE = ("255.255.255.255", 9)
+"""Connecting to it fails at once."""
+
+
+def later(job: Ranks, rank: int, address: Sequence[Any]) -> None:
+    """Have the warden of `rank` tell somebody else who brings rank 1 to come later."""
+    warden = job.wardens[rank]
+    warden._do(lambda: warden._tell_stranger(1, address, {"kind": "later"}))
+
+
+def test_a_connection_to_a_stranger_that_never_comes_about_is_not_kept() -> None:
+    with ranks(2, dead_after=0.3) as job, mute() as address:
+        strangers = job.wardens[0]._strangers
+        for where in (NOWHERE, address):
+            through = threading.Event()
+            later(job, 0, where)
+            job.wardens[0]._do(through.set)
+            assert through.wait(DEADLINE_S)
+            job.until(lambda: not strangers)
+        assert not job.views[0]
+
+
+def test_strangers_are_none_after_a_change_of_members() -> None:
+    with ranks(3) as job, mute() as address:
+        later(job, 0, address)
+        job.until(lambda: bool(job.wardens[0]._strangers))
+        job.kill(1)
+        job.until(lambda: bool(job.views[0]))
+        assert not job.wardens[0]._strangers
 
 
 def test_a_guest_is_in_only_when_its_group_knows() -> None:

@@ -204,7 +204,7 @@ class Watch(Switchboard):
                 del self._probes[rank]
                 self._drop(link)
                 self._suspect(rank, proven=False)
-        for link in [*self._links.values(), *self._pulses.values()]:
+        for link in self._every_link():
             if not link.open and not link.lost and now - link.since > patience:
                 self._lost(link)
 
