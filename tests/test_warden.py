@@ -125,6 +125,7 @@ def test_ranks_that_meet_for_different_things_are_told() -> None:
     assert len({str(end) for end in ends}) == 1
     assert all(isinstance(end, MismatchError) for end in ends)
     assert "rank 0 is at 'mailbox', rank 1 at 'attach'" in str(ends[0])
+    assert not job.wardens[0]._merges
 
 
 def test_who_does_not_come_is_named() -> None:

@@ -236,7 +236,7 @@ class Warden(Porter):
             other = next((rank for rank in members if here[rank][0] != names[0]), None)
             if other is None:
                 blobs = [here[rank][1] for rank in members]
-                result = _TOGETHER + self._merges.pop(number)(blobs, members)
+                result = _TOGETHER + self._merges[number](blobs, members)
             else:
                 text = (
                     f"rank {members[0]} is at {names[0]!r}, rank {other} at {here[other][0]!r}; "
@@ -253,6 +253,7 @@ class Warden(Porter):
         self._passed_now(int(message["number"]), base64.b64decode(message["result"]))
 
     def _passed_now(self, number: int, result: bytes) -> None:
+        self._merges.pop(number, None)
         with self._changed:
             self._passed = max(self._passed, number)
             self._results[number] = result
