@@ -149,6 +149,32 @@ def test_questions_wait_for_their_answer() -> None:
         assert ends[0] == b"now"
 
 
+def test_answers_that_come_too_late_are_not_kept() -> None:
+    with ranks(2) as job:
+        with pytest.raises(ExchangeTimeoutError):
+            job.wardens[0].fetch(1, "late", 0.2)
+        job.wardens[1].offer("late", b"1")
+        job.wardens[1].offer("next", b"2")
+        assert job.wardens[0].fetch(1, "next", DEADLINE_S) == b"2"  # behind the late one
+        assert not job.wardens[0]._answers
+
+
+def test_two_threads_ask_the_same() -> None:
+    with ranks(2) as job:
+        warden, ends = job.wardens[0], list[Any]()
+        threads = [
+            threading.Thread(target=lambda: ends.append(warden.fetch(1, "x", DEADLINE_S)))
+            for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        job.until(lambda: len(job.wardens[1]._wanted) == 2)
+        job.wardens[1].offer("x", b"here")
+        for thread in threads:
+            thread.join(2 * DEADLINE_S)
+        assert ends == [b"here"] * 2
+
+
 def test_a_rank_that_is_gone_is_left_out() -> None:
     """Those who wait for something meanwhile return with nothing, to begin anew."""
     with ranks(4) as job:

@@ -12,6 +12,7 @@ change of views, each message and the end of the job would have to be told to it
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -55,7 +56,8 @@ class Warden(Porter):
         self._offers: dict[str, bytes] = {}
         self._answerers: dict[str, Callable[[str], bytes | None]] = {"absent": self._absent}
         self._wanted: list[tuple[int, Message]] = []
-        self._answers: dict[str, bytes] = {}
+        self._questions = itertools.count()
+        self._answers: dict[str, bytes | None] = {}
         self._arrivals: dict[tuple[int, int], dict[int, tuple[str, bytes]]] = {}
         self._merges: dict[int, Merge] = {}
         self._results: dict[int, bytes] = {}
@@ -96,20 +98,23 @@ class Warden(Porter):
 
     def fetch(self, rank: int, name: str, timeout: float) -> bytes | None:
         """What `rank` offers as `name`; None if it is no member, or the view changes before."""
-        epoch = self.view.epoch
-        key = f"{epoch} {rank} {name}"
+        epoch, key = self.view.epoch, f"{next(self._questions)} {name}"
         with self._changed:
-            self._answers.pop(key, None)
+            self._answers[key] = None
         message = {"kind": "want", "epoch": epoch, "name": name, "key": key}
         self._do(lambda: self._send(rank, message))
-        found: bytes | None = self._wait(
-            lambda: self._answers.pop(key, None),
-            lambda: self.view.epoch != epoch or rank not in self.reachable,
-            timeout,
-            rank,
-            f"to tell where its {name!r} is",
-        )
-        return found
+        try:
+            found: bytes | None = self._wait(
+                lambda: self._answers[key],
+                lambda: self.view.epoch != epoch or rank not in self.reachable,
+                timeout,
+                rank,
+                f"to tell where its {name!r} is",
+            )
+            return found
+        finally:
+            with self._changed:
+                del self._answers[key]
 
     def meet(
         self, epoch: int, name: str, blob: bytes, merge: Merge, timeout: float
@@ -208,8 +213,9 @@ class Warden(Porter):
 
     def _on_have(self, _: int, message: Message) -> None:
         with self._changed:
-            self._answers[str(message["key"])] = base64.b64decode(message["blob"])
-            self._changed.notify_all()
+            if message["key"] in self._answers:  # else nobody waits for it any more
+                self._answers[message["key"]] = base64.b64decode(message["blob"])
+                self._changed.notify_all()
 
     def _absent(self, name: str) -> bytes:
         _, epoch, number = name.split()
