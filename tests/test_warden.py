@@ -194,6 +194,31 @@ def test_a_rank_that_is_gone_is_left_out() -> None:
         assert job.wardens[1].fetch(0, "x", DEADLINE_S) is None
 
 
+def test_what_was_offered_for_an_epoch_goes_with_it() -> None:
+    with ranks(3) as job:
+        for warden in job.wardens:
+            warden.offer("worker 0", b"old", 0)
+            warden.offer("history", b"any")
+        assert job.wardens[1].fetch(0, "worker 0", DEADLINE_S) == b"old"
+        job.wardens[0].offer("worker 1", b"new", 1)  # as it does before others take up the view
+        job.kill(2)
+        job.until(lambda: all(job.views[rank] for rank in (0, 1)))
+        assert job.wardens[1].fetch(0, "worker 1", DEADLINE_S) == b"new"
+        assert sorted(job.wardens[0]._offers) == ["history", "worker 1"]
+
+
+def test_a_question_of_the_epoch_before_is_not_kept() -> None:
+    """Who asks it gives up when it takes up the view that this rank has."""
+    with ranks(3) as job:
+        job.kill(2)
+        job.until(lambda: all(job.views[rank] for rank in (0, 1)))
+        old = {"kind": "want", "epoch": 0, "name": "worker 0", "key": "old"}
+        job.wardens[1]._do(lambda: job.wardens[1]._send(0, old))
+        job.wardens[0].offer("next", b"here")
+        assert job.wardens[1].fetch(0, "next", DEADLINE_S) == b"here"
+        assert not job.wardens[0]._wanted
+
+
 def test_a_silent_rank_is_left_out() -> None:
     with ranks(4, dead_after=1.0) as job:
         job.wardens[3]._pulse.close = lambda: None  # type: ignore[method-assign]

@@ -53,7 +53,7 @@ class Warden(Porter):
         aborted: Callable[[int, str], None],
     ) -> None:
         super().__init__(Setup(rank, host, seal, dead_after, freeze, install, expelled, aborted))
-        self._offers: dict[str, bytes] = {}
+        self._offers: dict[str, tuple[int | None, bytes]] = {}
         self._answerers: dict[str, Callable[[str], bytes | None]] = {"absent": self._absent}
         self._wanted: list[tuple[int, Message]] = []
         self._questions = itertools.count()
@@ -80,11 +80,14 @@ class Warden(Porter):
         with self._changed:
             return self._passed, self._results.get(self._passed, b"").hex()
 
-    def offer(self, name: str, blob: bytes) -> None:
-        """Give `blob` to whoever asks this rank for `name`, until something else is offered."""
+    def offer(self, name: str, blob: bytes, epoch: int | None = None) -> None:
+        """Give `blob` to whoever asks this rank for `name`, until something else is offered.
+
+        epoch: until a later one than this is in force.
+        """
 
         def command() -> None:
-            self._offers[name] = blob
+            self._offers[name] = epoch, blob
             self._serve()
 
         self._do(command)
@@ -185,11 +188,11 @@ class Warden(Porter):
         if view.facts.passed > self._passed:  # the last leader died before it could tell this rank
             self._passed_now(view.facts.passed, bytes.fromhex(view.facts.result))
         self._arrivals = {key: who for key, who in self._arrivals.items() if key[0] >= view.epoch}
-        self._wanted = [  # guests do not hear of views
-            (sender, message)
-            for sender, message in self._wanted
-            if int(message["epoch"]) >= view.epoch or sender not in view.members
-        ]
+        self._offers = {
+            name: (epoch, blob)
+            for name, (epoch, blob) in self._offers.items()
+            if epoch is None or epoch >= view.epoch
+        }
         super()._install(view)
         self._release_arrived()
 
@@ -202,9 +205,12 @@ class Warden(Porter):
     def _serve(self) -> None:
         waiting, self._wanted = self._wanted, []
         for sender, message in waiting:
+            if int(message["epoch"]) < self.view.epoch and sender in self.view.members:
+                continue  # it asks no longer, once it hears of this view; a guest does not
             name = str(message["name"])
             answerer = self._answerers.get(name.partition(" ")[0])
-            blob = self._offers.get(name) if answerer is None else answerer(name)
+            offered = self._offers.get(name, (None, None))[1]
+            blob = offered if answerer is None else answerer(name)
             if blob is None:
                 self._wanted.append((sender, message))
             else:
