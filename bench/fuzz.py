@@ -1,4 +1,4 @@
-"""Hostile bytes against all that reads what others wrote: notes, mailboxes, messages, signal words.
+"""Hostile bytes against all that reads what others wrote: at the store, at wardens' ports, by UCX.
 
 Each input is random, or something valid with a part of it changed. Whatever comes must be taken
 for what it is or refused by a named error, and change nothing beside its own place: the messages'
@@ -15,8 +15,10 @@ import argparse
 import faulthandler
 import json
 import random
+import struct
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +34,7 @@ from ucxgossip.engine import handlers
 from ucxgossip.engine import words as w
 from ucxgossip.errors import ArgumentError, BenchError, GossipError
 from ucxgossip.mailbox import MAX_POSITION, Layout, parse_description
+from ucxgossip.members.links import Incoming, frame
 from ucxgossip.rendezvous import Rendezvous
 from ucxgossip.store import Solitary
 from ucxgossip.trust import Seal
@@ -216,6 +219,87 @@ def mailboxes(inputs: int, draw: random.Random, told: Callable[[str], None]) -> 
                 raise ValueError("taken, and out of bounds")
 
         ends[_tried(call, told)] += 1
+    return ends[0], ends[1], ends[2]
+
+
+# --- what wardens hear -------------------------------------------------------------------------
+
+
+class _Wire:
+    """In place of an accepted socket: gives `pieces`, one a call, and takes what is sent."""
+
+    def __init__(self) -> None:
+        self.pieces = deque[bytes]()
+        self.sent = b""
+
+    def setblocking(self, _: bool) -> None: ...
+
+    def setsockopt(self, *_: int) -> None: ...
+
+    def close(self) -> None: ...
+
+    def send(self, data: bytes) -> int:
+        self.sent += data
+        return len(data)
+
+    def recv(self, _: int) -> bytes:
+        return self.pieces.popleft() if self.pieces else b""
+
+
+_RANKLESS = (
+    b'Infinity -Infinity NaN 1e999 -1 0.5 -0 true null 99999999999999999999 {} [] [[ "0" 0'
+).split()
+
+
+def _greeting(draw: random.Random) -> bytes:
+    """JSON, more or less, as only somebody without the token would greet."""
+    kind = draw.randrange(4)
+    if kind == 0:
+        return b"".join(draw.choices((b"[", b'{"rank":', b"{"), k=draw.randrange(1, 120)))
+    if kind == 1:
+        longest = 1024 - Seal.BYTES
+        return draw.choice((b"[", b"9", b'"', b"\xff")) * draw.choice((draw.randrange(99), longest))
+    text = b'{"rank":%b,"pulse":%b}' % tuple(draw.choices(_RANKLESS, k=2))
+    return text if kind == 2 else text.decode().encode(draw.choice(("utf-16", "utf-32")))
+
+
+def wardens(inputs: int, draw: random.Random, told: Callable[[str], None]) -> Count:
+    """`Incoming`, as whoever reaches a warden's port may feed it: nothing unsealed gets through.
+
+    Counted as taken: connections of which every message came through.
+    """
+    ends, seal = [0, 0, 0], Seal(_TOKEN.encode(), b"job")
+    for _ in range(inputs):
+        wire = _Wire()
+        link = Incoming(seal, 1, wire)  # type: ignore[arg-type]
+        pulse = draw.random() < 0.3
+        sent: list[dict[str, Any]] = [{"kind": "hello", "rank": 0, "pulse": pulse}]
+        if not pulse:
+            sent += [{"kind": "n", "n": n} for n in range(draw.randrange(4))]
+        given = b"".join(
+            frame(seal, wire.sent, 0, 1, number, json.dumps(each).encode())
+            for number, each in enumerate(sent)
+        )
+        if draw.random() < 0.3:
+            forged = draw.randbytes(Seal.BYTES) + _greeting(draw)
+            given = struct.pack(">I", len(forged)) + forged + given
+        else:
+            given = mutate(given + bytes(8 * pulse * draw.randrange(4)), draw)
+        while given:
+            cut = draw.randrange(1, len(given) + 1)
+            wire.pieces.append(given[:cut])
+            given = given[cut:]
+        found: list[dict[str, Any]] = []
+
+        def hear(link: Incoming = link, found: list[dict[str, Any]] = found) -> None:
+            while not link.lost:
+                found.extend(link.step())
+
+        end = _tried(hear, told)
+        if end == 0 and found != sent[: len(found)]:
+            told(f"{found} came of {sent}")
+            end = 2
+        ends[end or len(found) < len(sent)] += 1
     return ends[0], ends[1], ends[2]
 
 
@@ -434,7 +518,8 @@ TARGETS: dict[str, tuple[float, Callable[[int, random.Random, Callable[[str], No
     "seals": (0.15, seals),
     "notes": (0.15, notes),
     "mailboxes": (0.10, mailboxes),
-    "messages": (0.40, messages),
+    "wardens": (0.10, wardens),
+    "messages": (0.30, messages),
     "signals": (0.20, signals),
 }
 """The share of the inputs that each gets, and its function."""

@@ -1,5 +1,6 @@
 """ucxgossip.bench.fuzz: a short run finds nothing, and each target does find what it looks for."""
 
+import contextlib
 import json
 import random
 from pathlib import Path
@@ -66,6 +67,24 @@ def test_mailbox_out_of_bounds_is_found(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(fuzz, "parse_description", unchecked)
     assert found(fuzz.mailboxes)[0] == "ValueError: taken, and out of bounds"
+
+
+@pytest.mark.parametrize("error", [OverflowError, RecursionError])
+def test_greeting_that_escapes_is_found(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def unguarded(self: fuzz.Incoming, sealed: bytes) -> None:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            int(json.loads(sealed[Seal.BYTES :])["rank"])
+        self.lost = self.forged = True
+
+    monkeypatch.setattr(fuzz.Incoming, "_greet", unguarded)
+    assert any(said.startswith(error.__name__) for said in found(fuzz.wardens))
+
+
+def test_frame_that_was_not_sealed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Seal, "open", lambda self, name, sealed: sealed[32:])
+    assert any(" came of [{'kind': 'hello'" in said for said in found(fuzz.wardens))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -152,6 +153,47 @@ HELLO = {"kind": "hello", "rank": 0, "pulse": False}
 )
 def test_junk(listener: socket.socket, junk: bytes) -> None:
     assert Stranger(listener).refused(junk) == []
+
+
+NOT_RANKS = [
+    "Infinity",
+    "-Infinity",
+    "NaN",
+    "1e999",
+    "0.0",
+    "true",
+    "null",
+    '"0"',
+    "-1",
+    "[0]",
+    '{"rank": 0}',
+    "9" * 900,
+]
+
+
+def greeting(text: bytes, tag: bytes = bytes(Seal.BYTES)) -> bytes:
+    return struct.pack(">I", len(tag + text)) + tag + text
+
+
+@pytest.mark.parametrize("value", NOT_RANKS, ids=lambda value: value[:12])
+def test_greeting_of_no_rank(listener: socket.socket, value: str) -> None:
+    assert Stranger(listener).refused(greeting(f'{{"rank": {value}}}'.encode())) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"[" * 992, b'{"rank":' * 124, b"\xff\xfe[\x00", b"7", b'"rank"', b"null", b'["rank"]', b""],
+    ids=lambda text: repr(text[:12]),
+)
+def test_greeting_that_is_none(listener: socket.socket, text: bytes) -> None:
+    assert Stranger(listener).refused(greeting(text)) == []
+
+
+@pytest.mark.parametrize("value", [True, "0", 0.0, -1])
+def test_signed_greeting_of_no_rank(listener: socket.socket, value: Any) -> None:
+    stranger = Stranger(listener)
+    frame = stranger.frame({**HELLO, "rank": value}, 0, sender=int(value))
+    assert stranger.refused(frame) == []
 
 
 def test_another_token(listener: socket.socket) -> None:

@@ -1,16 +1,18 @@
 """Wardens in one process: watch, meetings, questions, and a change of members."""
 
 import logging
+import socket
+import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 from ucxgossip.errors import ExchangeTimeoutError, MismatchError, RankMissingError
-from ucxgossip.members import Facts, View, Warden
+from ucxgossip.members import Facts, View, Warden, switchboard
 from ucxgossip.trust import Seal
 
 DEADLINE_S = 20.0
@@ -123,6 +125,7 @@ def test_ranks_that_meet_for_different_things_are_told() -> None:
     assert len({str(end) for end in ends}) == 1
     assert all(isinstance(end, MismatchError) for end in ends)
     assert "rank 0 is at 'mailbox', rank 1 at 'attach'" in str(ends[0])
+    assert not job.wardens[0]._merges
 
 
 def test_who_does_not_come_is_named() -> None:
@@ -146,6 +149,32 @@ def test_questions_wait_for_their_answer() -> None:
         assert ends[0] == b"now"
 
 
+def test_answers_that_come_too_late_are_not_kept() -> None:
+    with ranks(2) as job:
+        with pytest.raises(ExchangeTimeoutError):
+            job.wardens[0].fetch(1, "late", 0.2)
+        job.wardens[1].offer("late", b"1")
+        job.wardens[1].offer("next", b"2")
+        assert job.wardens[0].fetch(1, "next", DEADLINE_S) == b"2"  # behind the late one
+        assert not job.wardens[0]._answers
+
+
+def test_two_threads_ask_the_same() -> None:
+    with ranks(2) as job:
+        warden, ends = job.wardens[0], list[Any]()
+        threads = [
+            threading.Thread(target=lambda: ends.append(warden.fetch(1, "x", DEADLINE_S)))
+            for _ in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        job.until(lambda: len(job.wardens[1]._wanted) == 2)
+        job.wardens[1].offer("x", b"here")
+        for thread in threads:
+            thread.join(2 * DEADLINE_S)
+        assert ends == [b"here"] * 2
+
+
 def test_a_rank_that_is_gone_is_left_out() -> None:
     """Those who wait for something meanwhile return with nothing, to begin anew."""
     with ranks(4) as job:
@@ -163,6 +192,31 @@ def test_a_rank_that_is_gone_is_left_out() -> None:
         )
         assert ends == [b"1|2|3"] * 3
         assert job.wardens[1].fetch(0, "x", DEADLINE_S) is None
+
+
+def test_what_was_offered_for_an_epoch_goes_with_it() -> None:
+    with ranks(3) as job:
+        for warden in job.wardens:
+            warden.offer("worker 0", b"old", 0)
+            warden.offer("history", b"any")
+        assert job.wardens[1].fetch(0, "worker 0", DEADLINE_S) == b"old"
+        job.wardens[0].offer("worker 1", b"new", 1)  # as it does before others take up the view
+        job.kill(2)
+        job.until(lambda: all(job.views[rank] for rank in (0, 1)))
+        assert job.wardens[1].fetch(0, "worker 1", DEADLINE_S) == b"new"
+        assert sorted(job.wardens[0]._offers) == ["history", "worker 1"]
+
+
+def test_a_question_of_the_epoch_before_is_not_kept() -> None:
+    """Who asks it gives up when it takes up the view that this rank has."""
+    with ranks(3) as job:
+        job.kill(2)
+        job.until(lambda: all(job.views[rank] for rank in (0, 1)))
+        old = {"kind": "want", "epoch": 0, "name": "worker 0", "key": "old"}
+        job.wardens[1]._do(lambda: job.wardens[1]._send(0, old))
+        job.wardens[0].offer("next", b"here")
+        assert job.wardens[1].fetch(0, "next", DEADLINE_S) == b"here"
+        assert not job.wardens[0]._wanted
 
 
 def test_a_silent_rank_is_left_out() -> None:
@@ -183,6 +237,53 @@ def test_an_error_reaches_all() -> None:
         assert job.told[0] == job.told[2] == ["1: out of memory"]
 
 
+def test_last_words_are_said_over_connections_that_are_not_open_yet() -> None:
+    with ranks(3) as job:
+        job.wardens[1].abort("out of memory")
+        job.wardens[1].close()
+        job.until(lambda: bool(job.told[0] and job.told[2]))
+        assert job.told[0] == job.told[2] == ["1: out of memory"]
+
+
+def test_ranks_that_leave_at_once_have_all_met() -> None:
+    """The leader comes last, and goes before its connections to the others are open."""
+
+    def leave(warden: Warden) -> bytes | None:
+        if warden.rank == 0:
+            job.until(lambda: len(warden._arrivals.get((0, 1), ())) == 2)
+        try:
+            return warden.meet(0, "leave", b"", joined, 2.0)
+        finally:
+            warden.leave()
+            warden.close()
+
+    for _ in range(5):
+        with ranks(3) as job:
+            assert together(job, leave) == [b"||"] * 3
+
+
+@contextmanager
+def mute() -> Iterator[Any]:
+    """An address that takes connections and says nothing, as a process that is stopped does."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()
+
+
+@pytest.mark.parametrize("talks", [False, True])
+def test_closing_waits_for_a_mute_rank_only_to_say_something(
+    monkeypatch: pytest.MonkeyPatch, talks: bool
+) -> None:
+    monkeypatch.setattr(switchboard, "_SAY_S", 0.2 if talks else 2 * DEADLINE_S)
+    with ranks(1) as job, mute() as address:
+        warden = job._make(0, 10.0)
+        warden.start({0: warden.address, 1: address})
+        warden.suspect(1)
+        if talks:
+            warden.abort("out of memory")
+        (end,) = together(job, lambda _: warden.close())
+        assert end is None and not warden._thread.is_alive()
+
+
 def test_ranks_that_leave_in_peace_are_not_missed(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING, "ucxgossip")
     with ranks(4) as job:
@@ -201,6 +302,22 @@ def test_doubt() -> None:
         job.kill(2)
         assert job.wardens[0].doubt([1, 2], 0, DEADLINE_S) is False
         assert job.wardens[0].view.members == (0, 1)
+
+
+def test_doubt_ends_when_the_group_is_closed() -> None:
+    with ranks(1) as job, mute() as address:
+        warden = job._make(0, 10.0)
+        warden.start({0: warden.address, 1: address})
+
+        def close_or_doubt(each: Warden) -> bool | None:
+            if each is warden:
+                return warden.doubt([1], 0, 3 * DEADLINE_S)
+            job.until(lambda: 1 in warden._probes)
+            warden.close()
+            return None
+
+        job.wardens.append(warden)
+        assert together(job, close_or_doubt) == [None, True]
 
 
 def test_a_connection_closed_by_the_event_before_its_own_is_passed_over() -> None:
@@ -233,6 +350,18 @@ def test_nobody_waits_for_a_warden_that_broke() -> None:
         assert warden.meet(0, "anything", b"", lambda blobs, _: b"", DEADLINE_S) is None
 
 
+@pytest.mark.parametrize("text", [b'{"rank":Infinity}', b"[" * 992])
+def test_a_warden_outlives_what_a_stranger_says(text: bytes) -> None:
+    with ranks(2) as job:
+        address = job.wardens[0].address
+        with socket.create_connection(address, DEADLINE_S) as stranger:
+            stranger.settimeout(DEADLINE_S)
+            stranger.sendall(struct.pack(">I", 32 + len(text)) + bytes(32) + text)
+            while stranger.recv(64):  # the nonce, then the end
+                pass
+        assert job.wardens[1].doubt([0], 0, DEADLINE_S) and not job.told[0]
+
+
 def test_a_guest_learns_who_is_there_and_when_it_may_come_in() -> None:
     """The lowest rank comes: it leads from then on, and must not let others in at once."""
     with ranks(3) as job:
@@ -263,6 +392,37 @@ def test_nobody_is_there_any_more() -> None:
             assert not guest.knock(DEADLINE_S)
         finally:
             guest.close()
+
+
+NOWHERE = ("255.255.255.255", 9)
+"""Connecting to it fails at once."""
+
+
+def later(job: Ranks, rank: int, address: Sequence[Any]) -> None:
+    """Have the warden of `rank` tell somebody else who brings rank 1 to come later."""
+    warden = job.wardens[rank]
+    warden._do(lambda: warden._tell_stranger(1, address, {"kind": "later"}))
+
+
+def test_a_connection_to_a_stranger_that_never_comes_about_is_not_kept() -> None:
+    with ranks(2, dead_after=0.3) as job, mute() as address:
+        strangers = job.wardens[0]._strangers
+        for where in (NOWHERE, address):
+            through = threading.Event()
+            later(job, 0, where)
+            job.wardens[0]._do(through.set)
+            assert through.wait(DEADLINE_S)
+            job.until(lambda: not strangers)
+        assert not job.views[0]
+
+
+def test_strangers_are_none_after_a_change_of_members() -> None:
+    with ranks(3) as job, mute() as address:
+        later(job, 0, address)
+        job.until(lambda: bool(job.wardens[0]._strangers))
+        job.kill(1)
+        job.until(lambda: bool(job.views[0]))
+        assert not job.wardens[0]._strangers
 
 
 def test_a_guest_is_in_only_when_its_group_knows() -> None:

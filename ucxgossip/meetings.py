@@ -87,7 +87,7 @@ class Meetings(Guests):
                 meeting.publish("wardens", json.dumps([json.loads(b) for b in blobs]).encode())
             addresses = json.loads(meeting.collect("wardens", 0))
             meeting.agree("wardens", {})
-            warden.offer("worker 0", self.engine.worker.address)
+            warden.offer("worker 0", self.engine.worker.address, 0)
             warden.answer("history", self._tell_history)
             warden.start({rank: (host, port) for rank, (host, port) in enumerate(addresses)})
         except BaseException:

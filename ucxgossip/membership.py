@@ -147,7 +147,7 @@ class Membership:
     def _offer(self, mailbox: Mailbox) -> None:
         if self._warden is not None:
             epoch = self.epoch if self._frozen is None else self._frozen
-            self._warden.offer(f"mailbox {mailbox.index} {epoch}", mailbox.describe())
+            self._warden.offer(f"mailbox {mailbox.index} {epoch}", mailbox.describe(), epoch)
 
     # --- epochs -----------------------------------------------------------------------------------
 
@@ -199,7 +199,7 @@ class Membership:
             said = f"rank {self.rank} can connect to nobody any more: {error}. Is its network down?"
             self._end(ExpelledError(said))
             return
-        self._warden.offer(f"worker {epoch}", self.engine.worker.address)
+        self._warden.offer(f"worker {epoch}", self.engine.worker.address, epoch)
         for mailbox in self.engine.mailboxes:
             self._offer(mailbox)
 

@@ -50,6 +50,12 @@ def _encode(message: dict[str, Any]) -> bytes:
     return json.dumps(message, separators=(",", ":")).encode()
 
 
+def frame(seal: Seal, nonce: bytes, sender: int, receiver: int, number: int, blob: bytes) -> bytes:
+    """The `number`-th message of a connection, as it travels."""
+    sealed = seal.seal(_name(nonce, sender, receiver, number), blob)
+    return _LENGTH.pack(len(sealed)) + sealed
+
+
 class Outgoing:
     """A connection that this rank opened to `rank`. Poll `step` when its socket is ready.
 
@@ -123,9 +129,8 @@ class Outgoing:
         if not self.open or self.lost:
             return
         while self._waiting:
-            name = _name(self._nonce, self.rank, self.to, self._number)
-            sealed = self._seal.seal(name, self._waiting.pop(0))
-            self._bytes += _LENGTH.pack(len(sealed)) + sealed
+            blob = self._waiting.pop(0)
+            self._bytes += frame(self._seal, self._nonce, self.rank, self.to, self._number, blob)
             self._number += 1
         try:
             while self._bytes:
@@ -206,8 +211,10 @@ class Incoming:
     def _greet(self, sealed: bytes) -> dict[str, Any] | None:
         """The first frame names its sender; the seal under that name proves it."""
         try:
-            claimed = int(json.loads(sealed[Seal.BYTES :])["rank"])
-        except (ValueError, TypeError, KeyError):
+            claimed = json.loads(sealed[Seal.BYTES :])["rank"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            claimed = None
+        if type(claimed) is not int or claimed < 0:
             self.lost = self.forged = True
             return None
         message = self._open(_name(self._nonce, claimed, self.rank, 0), sealed)

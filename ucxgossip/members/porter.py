@@ -194,6 +194,9 @@ class Porter(Watch):
     def _install(self, view: View) -> None:
         self._unreached.clear()
         self._door.reset()
+        for link in self._strangers.values():
+            self._drop(link)
+        self._strangers.clear()
         super()._install(view)
 
     def _every_link(self) -> list[Outgoing]:
@@ -265,6 +268,8 @@ class Porter(Watch):
             self._drop(old)
         link = self._strangers[rank] = self._connect(rank, address=address)
         link.send(message)
+        if link.lost:
+            self._lost(link)
 
     def _on_later(self, _: int, __: Message) -> None:
         self._answered, self._answered_at = True, time.monotonic()

@@ -34,7 +34,8 @@ LINKS = 64
 TICK = 0.05
 _STALL_S = 0.5
 _UNUSED_S = 1.0
-_SAY_S = 1.0
+_SAY_S = 3.0
+"""How long a rank that closes goes on trying to say what it has to, where nobody listens."""
 
 log = logging.getLogger("ucxgossip")
 
@@ -148,12 +149,13 @@ class Switchboard:
             each.close()
 
     def _on_stop(self) -> None:
+        self._stop = True
+        self._notify()
         deadline = time.monotonic() + _SAY_S  # what is still to be said, an abort for one
-        while any(link.wants_write for link in self._links.values()):
+        while not all(link.idle for link in self._links.values()):
             self._poll(TICK)
             if time.monotonic() > deadline:
                 break
-        self._stop = True
 
     def _every_link(self) -> list[Outgoing]:
         return [*self._links.values()]

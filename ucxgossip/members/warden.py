@@ -12,6 +12,7 @@ change of views, each message and the end of the job would have to be told to it
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -52,10 +53,11 @@ class Warden(Porter):
         aborted: Callable[[int, str], None],
     ) -> None:
         super().__init__(Setup(rank, host, seal, dead_after, freeze, install, expelled, aborted))
-        self._offers: dict[str, bytes] = {}
+        self._offers: dict[str, tuple[int | None, bytes]] = {}
         self._answerers: dict[str, Callable[[str], bytes | None]] = {"absent": self._absent}
         self._wanted: list[tuple[int, Message]] = []
-        self._answers: dict[str, bytes] = {}
+        self._questions = itertools.count()
+        self._answers: dict[str, bytes | None] = {}
         self._arrivals: dict[tuple[int, int], dict[int, tuple[str, bytes]]] = {}
         self._merges: dict[int, Merge] = {}
         self._results: dict[int, bytes] = {}
@@ -78,11 +80,14 @@ class Warden(Porter):
         with self._changed:
             return self._passed, self._results.get(self._passed, b"").hex()
 
-    def offer(self, name: str, blob: bytes) -> None:
-        """Give `blob` to whoever asks this rank for `name`, until something else is offered."""
+    def offer(self, name: str, blob: bytes, epoch: int | None = None) -> None:
+        """Give `blob` to whoever asks this rank for `name`, until something else is offered.
+
+        epoch: until a later one than this is in force.
+        """
 
         def command() -> None:
-            self._offers[name] = blob
+            self._offers[name] = epoch, blob
             self._serve()
 
         self._do(command)
@@ -96,20 +101,23 @@ class Warden(Porter):
 
     def fetch(self, rank: int, name: str, timeout: float) -> bytes | None:
         """What `rank` offers as `name`; None if it is no member, or the view changes before."""
-        epoch = self.view.epoch
-        key = f"{epoch} {rank} {name}"
+        epoch, key = self.view.epoch, f"{next(self._questions)} {name}"
         with self._changed:
-            self._answers.pop(key, None)
+            self._answers[key] = None
         message = {"kind": "want", "epoch": epoch, "name": name, "key": key}
         self._do(lambda: self._send(rank, message))
-        found: bytes | None = self._wait(
-            lambda: self._answers.pop(key, None),
-            lambda: self.view.epoch != epoch or rank not in self.reachable,
-            timeout,
-            rank,
-            f"to tell where its {name!r} is",
-        )
-        return found
+        try:
+            found: bytes | None = self._wait(
+                lambda: self._answers[key],
+                lambda: self.view.epoch != epoch or rank not in self.reachable,
+                timeout,
+                rank,
+                f"to tell where its {name!r} is",
+            )
+            return found
+        finally:
+            with self._changed:
+                del self._answers[key]
 
     def meet(
         self, epoch: int, name: str, blob: bytes, merge: Merge, timeout: float
@@ -180,11 +188,11 @@ class Warden(Porter):
         if view.facts.passed > self._passed:  # the last leader died before it could tell this rank
             self._passed_now(view.facts.passed, bytes.fromhex(view.facts.result))
         self._arrivals = {key: who for key, who in self._arrivals.items() if key[0] >= view.epoch}
-        self._wanted = [  # guests do not hear of views
-            (sender, message)
-            for sender, message in self._wanted
-            if int(message["epoch"]) >= view.epoch or sender not in view.members
-        ]
+        self._offers = {
+            name: (epoch, blob)
+            for name, (epoch, blob) in self._offers.items()
+            if epoch is None or epoch >= view.epoch
+        }
         super()._install(view)
         self._release_arrived()
 
@@ -197,9 +205,12 @@ class Warden(Porter):
     def _serve(self) -> None:
         waiting, self._wanted = self._wanted, []
         for sender, message in waiting:
+            if int(message["epoch"]) < self.view.epoch and sender in self.view.members:
+                continue  # it asks no longer, once it hears of this view; a guest does not
             name = str(message["name"])
             answerer = self._answerers.get(name.partition(" ")[0])
-            blob = self._offers.get(name) if answerer is None else answerer(name)
+            offered = self._offers.get(name, (None, None))[1]
+            blob = offered if answerer is None else answerer(name)
             if blob is None:
                 self._wanted.append((sender, message))
             else:
@@ -208,8 +219,9 @@ class Warden(Porter):
 
     def _on_have(self, _: int, message: Message) -> None:
         with self._changed:
-            self._answers[str(message["key"])] = base64.b64decode(message["blob"])
-            self._changed.notify_all()
+            if message["key"] in self._answers:  # else nobody waits for it any more
+                self._answers[message["key"]] = base64.b64decode(message["blob"])
+                self._changed.notify_all()
 
     def _absent(self, name: str) -> bytes:
         _, epoch, number = name.split()
@@ -236,7 +248,7 @@ class Warden(Porter):
             other = next((rank for rank in members if here[rank][0] != names[0]), None)
             if other is None:
                 blobs = [here[rank][1] for rank in members]
-                result = _TOGETHER + self._merges.pop(number)(blobs, members)
+                result = _TOGETHER + self._merges[number](blobs, members)
             else:
                 text = (
                     f"rank {members[0]} is at {names[0]!r}, rank {other} at {here[other][0]!r}; "
@@ -253,6 +265,7 @@ class Warden(Porter):
         self._passed_now(int(message["number"]), base64.b64decode(message["result"]))
 
     def _passed_now(self, number: int, result: bytes) -> None:
+        self._merges.pop(number, None)
         with self._changed:
             self._passed = max(self._passed, number)
             self._results[number] = result

@@ -108,7 +108,7 @@ class Watch(Switchboard):
     def doubt(self, ranks: Sequence[int], epoch: int, timeout: float) -> bool:
         """Find out whether `ranks` live: True if they all do, False if the view changed.
 
-        True as well when neither is known after `timeout` seconds.
+        True as well when neither is known after `timeout` seconds, or when this rank's part ends.
         """
         with self._changed:
             self._alive.difference_update(ranks)
@@ -116,7 +116,12 @@ class Watch(Switchboard):
             self.suspect(rank)
         with self._changed:
             self._changed.wait_for(
-                lambda: self.view.epoch != epoch or self._alive.issuperset(ranks) or self._over,
+                lambda: (
+                    self.view.epoch != epoch
+                    or self._alive.issuperset(ranks)
+                    or self._over
+                    or self._stop
+                ),
                 timeout,
             )
             return self.view.epoch == epoch
@@ -199,7 +204,7 @@ class Watch(Switchboard):
                 del self._probes[rank]
                 self._drop(link)
                 self._suspect(rank, proven=False)
-        for link in [*self._links.values(), *self._pulses.values()]:
+        for link in self._every_link():
             if not link.open and not link.lost and now - link.since > patience:
                 self._lost(link)
 
