@@ -9,6 +9,7 @@ import pytest
 
 import ucxgossip as ug
 from ucxgossip import errors
+from ucxgossip.buffer import Buffer
 from ucxgossip.ucp.memory import MemoryRegion
 
 torch = pytest.importorskip("torch")
@@ -94,7 +95,7 @@ def test_mailboxes_are_taken_by_layout(job: Job) -> None:
 def test_a_mailbox_under_way_is_not_given_back(job: Job) -> None:
     def body(group: ug.Group) -> None:
         box = group.mailbox(64)
-        buffer = ug.group.Buffer.of(np.zeros(8))
+        buffer = Buffer.of(np.zeros(8))
         schedule = ug.Dissemination(2)
         if group.rank == 0:
             group.post_step(box, buffer, buffer, schedule, 0)
