@@ -8,6 +8,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
+from copy import copy
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -60,6 +61,23 @@ class DevicePair:
                         self.stagings[rank].take_way(
                             other, self.device.map(f"{os.getpid()} {way}".encode())
                         )
+
+    def another(self, nbytes: int) -> "DevicePair":
+        """One mailbox more for each of the same engines, on the same device."""
+        layout = engines.Layout(nbytes, 2, CHUNK)
+        boxes = [engines.Mailbox(engine.context, layout) for engine in self.pair.engines]
+        for engine, box in zip(self.pair.engines, boxes, strict=True):
+            engine.open(box)
+        for rank, engine in enumerate(self.pair.engines):
+            address, packed = engines.parse_description(
+                boxes[1 - rank].describe(), layout, 1 - rank
+            )
+            key = engines.RemoteKey(engine.endpoints[1 - rank], packed)
+            boxes[rank].set_peer(1 - rank, key, address)
+        found = copy(self)
+        found.pair = engines.Pair(self.pair.engines, boxes)
+        found.stagings = {r: self.pair.engines[r].equip(boxes[r], self.device) for r in self.on}
+        return found
 
     def memory(self, values: np.ndarray) -> Any:
         """`values` on the device; the array views it."""
@@ -336,11 +354,12 @@ def test_a_stream_joins_while_mixes_are_under_way(make: Callable[..., DevicePair
     for rank in (0, 1):
         both.post(rank, memories[rank])
     both.tick_out(HOST)
-    while not (both.launched(0) and both.launched(1)):
-        both.pair.settle(0)
+
+    def launched() -> bool:
         both.tick_out(OUT)
-        if not both.launched(0) and both.word(0, d.ENQUEUED) - both.pair.word(0, w.MIXED) == PLACES:
-            both.device.tick(IN)
+        return both.launched(0) and both.launched(1)
+
+    both.pair.until(launched)
     assert not both.pair.ended(0)
     for rank in (0, 1):
         assert both.stagings[rank].join_stream() == HOST
@@ -373,6 +392,68 @@ def test_a_held_round_mixes_after_the_streams_work(make: Callable[..., DevicePai
     both.pair.until(both.pair.ended)
     assert np.array_equal(read[0], values[0])
     assert np.array_equal(memories[0].view(np.float32, 700), mean(values[0], values[1]))
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["staged", "direct"])
+def test_a_held_round_is_launched_before_the_stream_has_ended(
+    make: Callable[..., DevicePair], direct: bool
+) -> None:
+    """However many chunks it has: what the stream computes may end as late as it likes."""
+    count = 4 * PLACES * CHUNK // 4
+    values = values_of(count, 25)
+    both = make(values[0].nbytes, direct=direct)
+    memories = [both.memory(each) for each in values]
+    for rank in (0, 1):
+        both.post(rank, memories[rank], held=1)
+    both.pair.until(lambda: all(both.pair.word(r, w.SENT) == 4 * PLACES for r in (0, 1)))
+    read = []
+    both.device.stalled = {HOST}
+    both.device.compute(lambda: read.append(memories[0].view(np.float32, count).copy()))
+    for rank in (0, 1):
+        both.stagings[rank].unheld()
+        both.pair.engines[rank].unhold(both.pair.boxes[rank])
+    both.pair.until(lambda: both.launched(0) and both.launched(1))
+    both.pair.settle(0)
+    assert not read and both.pair.word(0, w.MIXED) == 0
+    both.device.stalled = set()
+    both.pair.until(both.pair.ended)
+    assert np.array_equal(read[0], values[0])
+    for rank in (0, 1):
+        expected = mean(values[rank], values[1 - rank])
+        assert np.array_equal(memories[rank].view(np.float32, count), expected)
+
+
+def test_what_waits_on_the_device_is_limited(make: Callable[..., DevicePair]) -> None:
+    """Over all mailboxes: a driver's call blocks when its queue is full."""
+    chunks = d.MOST_IN_FLIGHT + 8
+    values = values_of(chunks * CHUNK // 4, 26)
+    both = make(values[0].nbytes, pace=40)
+    more = both.another(2 * CHUNK)
+    memories = [both.memory(each) for each in values]
+    small = [both.memory(each[: 2 * CHUNK // 4]) for each in values]
+    for rank in (0, 1):
+        both.post(rank, memories[rank], held=1)
+    both.pair.until(lambda: all(both.pair.word(r, w.SENT) == chunks for r in (0, 1)))
+    both.device.stalled = {HOST}
+    for rank in (0, 1):
+        both.device.compute(lambda: None)
+        both.stagings[rank].unheld()
+        both.pair.engines[rank].unhold(both.pair.boxes[rank])
+    both.pair.until(
+        lambda: both.word(0, d.ENQUEUED) == both.word(1, d.ENQUEUED) == d.MOST_IN_FLIGHT
+    )
+    both.device.stalled = {IN}
+    for rank in (0, 1):
+        more.post(rank, small[rank])
+    both.pair.settle(0, 100)
+    assert both.word(0, d.ENQUEUED) == d.MOST_IN_FLIGHT and more.word(0, d.ENQUEUED) == 0
+    both.device.stalled = set()
+    both.pair.until(lambda: both.pair.ended() and more.pair.ended())
+    for rank in (0, 1):
+        expected = mean(values[rank], values[1 - rank])
+        assert np.array_equal(memories[rank].view(np.float32, len(expected)), expected)
+        head = small[rank].view(np.float32, 2 * CHUNK // 4)
+        assert np.array_equal(head, expected[: len(head)])
 
 
 def test_launched_is_waited_for(make: Callable[..., DevicePair]) -> None:

@@ -48,8 +48,9 @@ class Staging:
         self.words = np.zeros(d.WORDS, np.int64)
         self._pinned: list[int] = []
         self._slots = 0
-        self._events = [device.event() for _ in range(2 * places + 4)]
-        out, came = (np.array(self._events[i * places : (i + 1) * places]) for i in range(2))
+        flying = min(d.MOST_IN_FLIGHT, layout.chunks)
+        self._events = [device.event() for _ in range(places + flying + 4)]
+        out, came = np.array(self._events[:places]), np.array(self._events[places:-4])
         self._kept = (out, came)
         self._slots_there: DeviceMemory | None = None
         self._handle = b""
@@ -68,6 +69,7 @@ class Staging:
         words[d.OUT_PARAM] = self.region.param_address
         words[d.OUT_EVENTS], words[d.IN_EVENTS] = out.ctypes.data, came.ctypes.data
         words[d.IN], words[d.IN_PLACES] = self._inside.address, places
+        words[d.IN_EVENTS_COUNT] = flying
         words[d.RESULTS] = self._found.address
         words[d.RESULTS_HERE] = self._results.ctypes.data
         words[d.ZEROS] = self._results.ctypes.data + 16 * layout.chunks
