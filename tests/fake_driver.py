@@ -35,6 +35,7 @@ class FakeLibrary:
         self.fails: dict[str, int] = {}
         self.calls: list[tuple[str, tuple[int, ...]]] = []
         self.contexts: list[int] = []
+        self.retained = {0: 0, 1: 1}  # by device, how often: somebody works on number 1
         self.pending: dict[int, int] = {}
         self.memory: dict[int, Any] = {}
         self.live: set[int] = set()
@@ -92,7 +93,16 @@ class FakeLibrary:
         return put(out, 3, ctypes.c_int)
 
     def do_cuDevicePrimaryCtxRetain(self, out: int, device: int) -> int:
+        self.retained[device] += 1
         return put(out, CONTEXT + device)
+
+    def do_cuDevicePrimaryCtxRelease(self, device: int) -> int:
+        self.retained[device] -= 1
+        return 0
+
+    def do_cuDevicePrimaryCtxGetState(self, device: int, flags: int, active: int) -> int:
+        put(flags, 0, ctypes.c_uint)
+        return put(active, int(self.retained[device] > 0), ctypes.c_int)
 
     def do_cuCtxPushCurrent(self, context: int) -> int:
         self.contexts.append(context)
@@ -120,6 +130,8 @@ class FakeLibrary:
         return 0
 
     def do_cuPointerGetAttribute(self, out: int, attribute: int, address: int) -> int:
+        if not self.contexts:
+            return cuda.INVALID_CONTEXT
         return put(out, self.attributes[attribute], ctypes.c_int)
 
     def do_cuMemGetAddressRange(self, base: int, size: int, address: int) -> int:

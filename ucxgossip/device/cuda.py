@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from ucxgossip.device import driver as cuda
 from ucxgossip.device import table as t
-from ucxgossip.device.admission import check_installed, check_memory
+from ucxgossip.device.admission import check_installed
 from ucxgossip.device.driver import Driver
 from ucxgossip.device.protocol import DeviceMemory
 from ucxgossip.errors import DeviceError, NoDeviceError
@@ -179,9 +179,8 @@ class CudaDevice:
     # --- memory --------------------------------------------------------------------------------
 
     def allocate(self, nbytes: int) -> CudaMemory:
-        """Zeroed memory that other processes could map; `DeviceError` where there is too little."""
+        """Zeroed plain memory; `DeviceError` where there is too little."""
         memory = CudaMemory(self.driver, self.context, nbytes)
-        check_memory(self.driver, memory.address)
         event = self.event()
         try:
             with self.driver.current(self.context):

@@ -26,7 +26,7 @@ STREAM_NON_BLOCKING = 1
 HOST_REGISTER_PORTABLE = 1
 IPC_LAZY_ENABLE_PEER_ACCESS = 1
 MULTIPROCESSOR_COUNT = 16
-NO_DEVICE = 100
+NO_DEVICE, INVALID_CONTEXT = 100, 201
 POINTER_MEMORY_TYPE, POINTER_IS_MANAGED, POINTER_LEGACY_IPC = 2, 8, 10
 MEMORY_TYPE_DEVICE = 2
 
@@ -46,7 +46,9 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuDeviceGet": (_out, _int),
     "cuDeviceGetName": (_out, _int, _int),
     "cuDeviceGetAttribute": (_out, _int, _int),
+    "cuDevicePrimaryCtxGetState": (_int, _out, _out),
     "cuDevicePrimaryCtxRetain": (_out, _int),
+    "cuDevicePrimaryCtxRelease_v2": (_int,),
     "cuCtxPushCurrent_v2": (_word,),
     "cuCtxPopCurrent_v2": (_out,),
     "cuCtxGetStreamPriorityRange": (_out, _out),
@@ -151,12 +153,37 @@ class Driver:
             self.functions["cuCtxPopCurrent_v2"](ctypes.addressof(before))
 
     def pointer(self, attribute: int, address: int) -> int:
-        """An integer attribute of the memory at `address`; 0 where the driver knows none."""
+        """An integer attribute of the memory at `address`; 0 where the driver knows none.
+
+        Addresses are those of all devices, so any context will do in a thread that has none.
+        """
         found = ctypes.c_uint64()
-        status = self.functions["cuPointerGetAttribute"](
-            ctypes.addressof(found), attribute, address
-        )
+        asked = ctypes.addressof(found), attribute, address
+        status = self.functions["cuPointerGetAttribute"](*asked)
+        if status == INVALID_CONTEXT:
+            with self._any_context():
+                status = self.functions["cuPointerGetAttribute"](*asked)
         return found.value & 0xFFFFFFFF if status == 0 else 0
+
+    @contextmanager
+    def _any_context(self) -> Iterator[None]:
+        """Make a context current that is there already; none where none is."""
+        for ordinal in range(self.count()):
+            device = self.number("cuDeviceGet", ordinal)
+            flags, active = ctypes.c_uint(), ctypes.c_int()
+            self.call(
+                "cuDevicePrimaryCtxGetState",
+                *(device, ctypes.addressof(flags), ctypes.addressof(active)),
+            )
+            if active.value:
+                context = self.word("cuDevicePrimaryCtxRetain", device)
+                try:
+                    with self.current(context):
+                        yield
+                finally:
+                    self.functions["cuDevicePrimaryCtxRelease_v2"](device)
+                return
+        yield
 
 
 @lru_cache(maxsize=1)
