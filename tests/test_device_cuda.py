@@ -55,6 +55,7 @@ def device(library: Any) -> Any:
     made = cuda.CudaDevice(1, lambda: STREAM, Driver(library), lambda ordinal: NUMBERS)
     yield made
     assert library.contexts == [], "contexts pushed and not popped"
+    assert library.mode == fake.GLOBAL, "the thread's capture mode was not given back"
 
 
 # --- the device --------------------------------------------------------------------------------
@@ -72,22 +73,45 @@ def test_the_table(device: Any, library: Any) -> None:
 def test_compiled_code_calls_the_driver(device: Any, library: Any) -> None:
     table, event = device.table, device.event()
     source, to = np.arange(8.0), np.zeros(8)
-    arguments = np.zeros(1, np.int64)
+    arguments, mode = np.zeros(1, np.int64), np.zeros(1, np.int64)
     library.calls.clear()
-    assert t.push(table) == 0
+    assert t.push(table, mode.ctypes.data) == 0
     assert t.copy(table, to.ctypes.data, source.ctypes.data, 64, int(table[t.IN])) == 0
     assert t.record(table, event, int(table[t.IN])) == 0
     assert t.wait(table, STREAM, event) == 0
     assert t.query(table, event) == t.NOT_READY
     assert t.query(table, event) == 0
     assert t.launch(table, 901, 7, int(table[t.IN]), arguments.ctypes.data) == 0
-    assert t.pop(table) == 0
+    assert t.pop(table, mode.ctypes.data) == 0
+    library.fails["cuThreadExchangeStreamCaptureMode"] = 1
+    assert t.push(table, mode.ctypes.data) == 1 and library.contexts == []
+    library.fails.clear()
     assert np.array_equal(source, to)
     found = dict(library.calls)
     assert found["cuStreamWaitEvent"] == (STREAM, event, 0)
     shape = (901, 7, 1, 1, 256, 1, 1, 0)
     assert found["cuLaunchKernel"] == (*shape, table[t.IN], arguments.ctypes.data, 0)
     device.drop_event(event)
+
+
+def test_no_call_breaks_a_capture(device: Any, library: Any) -> None:
+    """Of a graph, in any thread: calls that could are refused unless this thread's mode is relaxed.
+
+    The mode is the caller's own again afterwards, also where it was not the usual one.
+    """
+    library.mode = 1
+    memory, values = device.allocate(64), np.zeros(64, np.uint8)
+    device.read(memory.address, values)
+    assert device.settle(1.0) and device.pin(4096, 4096)
+    device.unpin(4096)
+    library.fails["cuThreadExchangeStreamCaptureMode"] = 1
+    with pytest.raises(DeviceError, match="cuThreadExchangeStreamCaptureMode"):
+        device.read(memory.address, values)
+    library.fails.clear()
+    del memory
+    gc.collect()
+    assert library.mode == 1 and library.memory == {}
+    library.mode = fake.GLOBAL
 
 
 def test_memory_is_zeroed_viewed_and_freed(device: Any, library: Any) -> None:

@@ -150,6 +150,7 @@ class CudaDevice:
             (t.WAIT, "cuStreamWaitEvent"),
             (t.COPY, "cuMemcpyAsync"),
             (t.LAUNCH, "cuLaunchKernel"),
+            (t.EXCHANGE, "cuThreadExchangeStreamCaptureMode"),
         ):
             table[word] = call.address(name)
         least, most = ctypes.c_int(), ctypes.c_int()

@@ -23,6 +23,7 @@ LIBRARY = "libcuda.so.1"
 
 EVENT_DISABLE_TIMING = 2
 STREAM_NON_BLOCKING = 1
+CAPTURE_RELAXED = 2
 HOST_REGISTER_PORTABLE = 1
 IPC_LAZY_ENABLE_PEER_ACCESS = 1
 MULTIPROCESSOR_COUNT = 16
@@ -67,6 +68,7 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuEventRecord": (_word, _word),
     "cuEventQuery": (_word,),
     "cuStreamCreateWithPriority": (_out, ctypes.c_uint, _int),
+    "cuThreadExchangeStreamCaptureMode": (_out,),
     "cuStreamWaitEvent": (_word, _word, ctypes.c_uint),
     "cuMemcpyAsync": (_word, _word, ctypes.c_size_t, _word),
     "cuLaunchKernel": (
@@ -144,12 +146,16 @@ class Driver:
 
     @contextmanager
     def current(self, context: int) -> Iterator[None]:
-        """Make `context` this thread's current one."""
+        """Make `context` this thread's current one, in relaxed capture mode (`table.RELAXED`)."""
         self.call("cuCtxPushCurrent_v2", context)
+        mode, before = ctypes.c_int(CAPTURE_RELAXED), ctypes.c_uint64()
         try:
-            yield
+            self.call("cuThreadExchangeStreamCaptureMode", ctypes.addressof(mode))
+            try:
+                yield
+            finally:
+                self.functions["cuThreadExchangeStreamCaptureMode"](ctypes.addressof(mode))
         finally:
-            before = ctypes.c_uint64()
             self.functions["cuCtxPopCurrent_v2"](ctypes.addressof(before))
 
     def pointer(self, attribute: int, address: int) -> int:

@@ -81,7 +81,8 @@ ENQUEUED = 21  # chunks whose mix is enqueued
 SLOTS_HERE = 22  # device address of this rank's slots there; 0: nobody may put to them
 WAYS = 23  # address of: where this process sees other ranks' slots on their devices, or 0
 WAY = 24  # the partner's of this round
-ARGUMENTS = 25  # of a kernel: five values, then their five addresses
+MODE = 25  # the capture mode of the thread that drives, meanwhile
+ARGUMENTS = 26  # of a kernel: five values, then their five addresses
 WORDS = 40
 
 # --- values of PHASE ---------------------------------------------------------------------------
@@ -471,11 +472,12 @@ def advance_device(engine: Any, mailbox: Any, floats: Any, turn: bool) -> int:
         if status < 0:
             return rounds.fail(mailbox, status)
     table = jit.view_words(device[TABLE], t.WORDS)
-    status = t.push(table)
+    mode = mailbox[w.DEVICE] + 8 * MODE
+    status = t.push(table, mode)
     if status != 0:
         return _broken(mailbox, status)
     moved = _step(engine, mailbox, floats, device, table, turn)
-    t.pop(table)
+    t.pop(table, mode)
     if mailbox[w.STATE] == w.ACTIVE and _awaits_device(mailbox, device):
         engine[w.NAPS] = 1
     return moved
