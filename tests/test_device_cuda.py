@@ -8,8 +8,9 @@ import gc
 import importlib.util
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -142,6 +143,32 @@ def test_too_little_memory(device: Any, library: Any) -> None:
     library.fails["cuMemAlloc_v2"] = 2
     with pytest.raises(DeviceError, match=r"cuMemAlloc_v2: CUDA_ERROR_OUT_OF_MEMORY \(2\): 64"):
         device.allocate(64)
+
+
+def test_kernels_stay_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CuPy has it: a module is held by its functions and by a memo that anybody may clear."""
+    memo: list[Any] = []
+    unloaded: list[int] = []
+
+    class Module:
+        def __del__(self) -> None:
+            unloaded.append(1)
+
+    class RawModule:
+        def __init__(self, code: str, options: tuple[str, ...]) -> None:
+            memo.append(Module())
+
+        def get_function(self, name: str) -> Any:
+            function = SimpleNamespace(ptr=NUMBERS[name], module=memo[-1])
+            return SimpleNamespace(kernel=function)
+
+    within = SimpleNamespace(Device=lambda _: nullcontext())
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(RawModule=RawModule, cuda=within))
+    monkeypatch.setattr(cuda, "_functions", [])
+    assert cuda.compile_kernels(0) == NUMBERS
+    memo.clear()
+    gc.collect()
+    assert unloaded == []
 
 
 def test_reads_and_writes_go_by_the_current_stream(device: Any, library: Any) -> None:

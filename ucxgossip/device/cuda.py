@@ -49,22 +49,20 @@ Loader = Callable[[int], dict[str, int]]
 def compile_kernels(ordinal: int) -> dict[str, int]:
     """The engine's kernels on device `ordinal`, by name: ``CUfunction`` handles.
 
-    Compiled by NVRTC through CuPy, which caches them on disk and keeps them loaded.
+    Compiled by NVRTC through CuPy, which caches them on disk.
     """
     import cupy
 
     with cupy.cuda.Device(ordinal):
         module = cupy.RawModule(code=WHOLE_SOURCE, options=("--std=c++17",))
-        _modules.append(module)
-        return {
-            name: int(module.get_function(name).kernel.ptr)
-            for kind in KINDS
-            for name in names(kind)
-        }
+        found = {name: module.get_function(name).kernel for kind in KINDS for name in names(kind)}
+    _functions.extend(found.values())
+    return {name: int(function.ptr) for name, function in found.items()}
 
 
-_modules: list[Any] = []
-"""Kernels stay loaded as long as the process: the engine has their handles."""
+_functions: list[Any] = []
+"""Kernels stay loaded as long as the process: the engine has their handles, and a `RawModule` does
+not hold them, only CuPy's memo (``cupy.clear_memo``, also at exit) and its functions do."""
 
 
 _EXPORT = struct.Struct("<64sqQ64s")
