@@ -145,6 +145,24 @@ def test_too_little_memory(device: Any, library: Any) -> None:
         device.allocate(64)
 
 
+def test_memory_that_an_allocator_keeps_is_asked_for(library: Any) -> None:
+    """Once, and outside of our context and mode: torch.cuda.empty_cache is torch's."""
+    asked = []
+
+    def reclaim() -> None:
+        asked.append((list(library.contexts), library.mode))
+        library.fails.clear()
+
+    made = cuda.CudaDevice(0, lambda: STREAM, Driver(library), lambda _: NUMBERS, reclaim)
+    library.fails["cuMemAlloc_v2"] = 1
+    with pytest.raises(DeviceError, match=r"\(1\)"):
+        made.allocate(64)
+    assert asked == []
+    library.fails["cuMemAlloc_v2"] = 2
+    assert made.allocate(64).nbytes == 64
+    assert asked == [([], fake.GLOBAL)]
+
+
 def test_kernels_stay_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """As CuPy has it: a module is held by its functions and by a memo that anybody may clear."""
     memo: list[Any] = []
@@ -344,7 +362,9 @@ def test_memory_is_asked_about_in_a_context_that_is_there(library: Any) -> None:
 
 def test_one_device_for_all_who_open_it(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_devices", {})
-    monkeypatch.setattr(cuda.CudaDevice.__init__, "__defaults__", (None, lambda _: NUMBERS))
+    monkeypatch.setattr(
+        cuda.CudaDevice.__init__, "__defaults__", (None, lambda _: NUMBERS, lambda: None)
+    )
     with installed("cupy"):
         first = cuda.open_device(0, lambda: STREAM, "wheel", Driver(library))
         assert cuda.open_device(0, lambda: STREAM, "wheel") is first

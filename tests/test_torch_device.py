@@ -344,6 +344,14 @@ def test_devices_of_models(monkeypatch: pytest.MonkeyPatch) -> None:
         ask("meta")
 
 
+def test_torch_gives_back_what_it_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(device_module, "open_device", lambda *_, **more: asked.update(more))
+    device_module.open_cuda(0)
+    assert asked == {"reclaim": torch.cuda.empty_cache}
+
+
 def test_a_torch_for_the_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(errors.NoDeviceError, match="built for the CPU only"):

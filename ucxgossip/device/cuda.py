@@ -81,11 +81,18 @@ def _host() -> bytes:
 class CudaMemory:
     """Plain device memory (`ucxgossip.device.DeviceMemory`)."""
 
-    def __init__(self, driver: Driver, context: int, nbytes: int) -> None:
-        with driver.current(context):
-            self.address = driver.word("cuMemAlloc_v2", nbytes, detail=f"{nbytes} bytes")
-            # At the interpreter's exit the driver may be gone before us.
-            weakref.finalize(self, _free, driver, context, self.address).atexit = False
+    def __init__(
+        self, driver: Driver, context: int, nbytes: int, reclaim: Callable[[], None]
+    ) -> None:
+        try:
+            self.address = _allocated(driver, context, nbytes)
+        except DeviceError as error:
+            if error.status != cuda.OUT_OF_MEMORY:
+                raise
+            reclaim()
+            self.address = _allocated(driver, context, nbytes)
+        # At the interpreter's exit the driver may be gone before us.
+        weakref.finalize(self, _free, driver, context, self.address).atexit = False
         self.nbytes = nbytes
 
     def view(self, dtype: np.dtype[Any], count: int) -> object:
@@ -104,6 +111,15 @@ class _View:
         }
 
 
+def _allocated(driver: Driver, context: int, nbytes: int) -> int:
+    with driver.current(context):
+        return driver.word("cuMemAlloc_v2", nbytes, detail=f"{nbytes} bytes")
+
+
+def _nothing() -> None:
+    pass
+
+
 def _free(driver: Driver, context: int, address: int) -> None:
     with suppress(DeviceError), driver.current(context):  # of a device that has failed
         driver.functions["cuMemFree_v2"](address)
@@ -113,7 +129,8 @@ class CudaDevice:
     """`ucxgossip.device.Device` number `ordinal`, of those that the process sees.
 
     current_stream: gives the handle of the stream on which the calling thread computes. load:
-    compiles the kernels.
+    compiles the kernels. reclaim: gives the driver back what an allocator keeps and does not use,
+    which is tried where memory is short.
     """
 
     def __init__(
@@ -122,10 +139,11 @@ class CudaDevice:
         current_stream: Callable[[], int],
         driver: Driver | None = None,
         load: Loader = compile_kernels,
+        reclaim: Callable[[], None] = _nothing,
     ) -> None:
         self.driver, self.ordinal = driver or cuda.load(), ordinal
         self.name = f"cuda:{ordinal}"
-        self.current_stream = current_stream
+        self.current_stream, self.reclaim = current_stream, reclaim
         count = self.driver.count()
         if not 0 <= ordinal < count:
             raise NoDeviceError(
@@ -179,7 +197,7 @@ class CudaDevice:
 
     def allocate(self, nbytes: int) -> CudaMemory:
         """Zeroed plain memory; `DeviceError` where there is too little."""
-        memory = CudaMemory(self.driver, self.context, nbytes)
+        memory = CudaMemory(self.driver, self.context, nbytes, self.reclaim)
         event = self.event()
         try:
             with self.driver.current(self.context):
@@ -314,7 +332,11 @@ class CudaDevice:
 
 
 def open_device(
-    ordinal: int, current_stream: Callable[[], int], ucx_origin: str, driver: Driver | None = None
+    ordinal: int,
+    current_stream: Callable[[], int],
+    ucx_origin: str,
+    driver: Driver | None = None,
+    reclaim: Callable[[], None] = _nothing,
 ) -> CudaDevice:
     """Device `ordinal` after all that `admission` asks for; the same one for each call.
 
@@ -323,7 +345,7 @@ def open_device(
     if ordinal not in _devices:
         driver = driver or cuda.load()
         check_installed(driver, ucx_origin)
-        _devices[ordinal] = CudaDevice(ordinal, current_stream, driver)
+        _devices[ordinal] = CudaDevice(ordinal, current_stream, driver, reclaim=reclaim)
     return _devices[ordinal]
 
 

@@ -55,7 +55,8 @@ def open_cuda(ordinal: int) -> Device:
     def current_stream() -> int:
         return int(torch.cuda.current_stream(ordinal).cuda_stream)
 
-    return open_device(ordinal, current_stream, lib.load().origin)
+    origin = lib.load().origin
+    return open_device(ordinal, current_stream, origin, reclaim=torch.cuda.empty_cache)
 
 
 def check_modes(modes: Modes, device: Device) -> None:
