@@ -225,13 +225,26 @@ def test_memory_of_another_process(
 def test_pinning(device: Any, library: Any) -> None:
     assert device.pin(4096, 8192)
     device.unpin(4096)
-    library.fails["cuMemHostRegister_v2"] = 712
+    library.fails["cuMemHostRegister_v2"] = 2
     assert not device.pin(4096, 8192)
     found = [each for each in library.calls if "Host" in each[0]]
     assert found[:2] == [
         ("cuMemHostRegister_v2", (4096, 8192, 1)),
         ("cuMemHostUnregister", (4096,)),
     ]
+
+
+def test_memory_that_another_has_pinned(device: Any, library: Any) -> None:
+    """It is pinned, and stays so; where only a page of it is, it is not."""
+    library.fails["cuMemHostRegister_v2"] = 712
+    library.attributes[driver_module.POINTER_MEMORY_TYPE] = 1
+    assert device.pin(4096, 8192)
+    asked = [arguments for name, arguments in library.calls if name == "cuPointerGetAttribute"]
+    assert [arguments[2] for arguments in asked] == [4096, 4096 + 8191]
+    device.unpin(4096)
+    assert "cuMemHostUnregister" not in library.names()
+    library.attributes[driver_module.POINTER_MEMORY_TYPE] = 0
+    assert not device.pin(4096, 8192)
 
 
 def test_settling(device: Any, library: Any) -> None:

@@ -153,6 +153,7 @@ class CudaDevice:
         self.context = self.driver.word("cuDevicePrimaryCtxRetain", self._device)
         self._scratch = np.zeros(1, np.int64)
         self._mapped: dict[int, int] = {}
+        self._pinned: set[int] = set()
         self.table = np.zeros(t.WORDS, np.int64)
         self._fill(load)
 
@@ -209,15 +210,29 @@ class CudaDevice:
         return memory
 
     def pin(self, address: int, nbytes: int) -> bool:
-        """``cuMemHostRegister`` of whole pages; False where the driver refuses."""
+        """``cuMemHostRegister`` of whole pages; False where the driver refuses.
+
+        True too where somebody else has done it, as UCX does with memory of its own.
+        """
         with self.driver.current(self.context):
             register = self.driver.functions["cuMemHostRegister_v2"]
-            return bool(register(address, nbytes, cuda.HOST_REGISTER_PORTABLE) == 0)
+            status = register(address, nbytes, cuda.HOST_REGISTER_PORTABLE)
+            if status == 0:
+                self._pinned.add(address)
+            return status == 0 or (
+                status == cuda.ALREADY_REGISTERED
+                and all(
+                    self.driver.pointer(cuda.POINTER_MEMORY_TYPE, end) == cuda.MEMORY_TYPE_HOST
+                    for end in (address, address + nbytes - 1)
+                )
+            )
 
     def unpin(self, address: int) -> None:
-        """``cuMemHostUnregister``."""
-        with self.driver.current(self.context):
-            self.driver.functions["cuMemHostUnregister"](address)
+        """``cuMemHostUnregister``, of what this device registered."""
+        if address in self._pinned:
+            self._pinned.remove(address)
+            with self.driver.current(self.context):
+                self.driver.functions["cuMemHostUnregister"](address)
 
     def export(self, memory: DeviceMemory) -> bytes:
         """``cuIpcGetMemHandle``, with host, process, and the place within its allocation."""
