@@ -21,6 +21,7 @@ from ucxgossip.engine import device_rounds as d
 from ucxgossip.engine import drive
 from ucxgossip.engine import words as w
 from ucxgossip.engine.staging import PLACES
+from ucxgossip.errors import DeviceError
 
 
 def load(name: str) -> ModuleType:
@@ -542,6 +543,21 @@ def test_ways_are_tried_before_they_are_taken(make: Callable[..., DevicePair]) -
     here.take_way(1, address)
     assert here.ways == [1]
     assert here.try_way(1, 0, b"1 5", token) == 0  # of another process
+
+
+def test_a_way_on_which_the_driver_fails_is_none(
+    make: Callable[..., DevicePair], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """Peers that it maps and cannot connect."""
+    both = make(4096)
+    handle = both.stagings[1].expose()
+
+    def fail(*_: object) -> None:
+        raise DeviceError("cuMemcpyAsync", 217, "CUDA_ERROR_PEER_ACCESS_UNSUPPORTED")
+
+    monkeypatch.setattr(both.device, "write", fail)
+    assert both.stagings[0].try_way(1, 0, handle, bytes(16)) == 0
+    assert both.device.mapped == [] and "CUDA_ERROR_PEER_ACCESS_UNSUPPORTED" in caplog.text
 
 
 def test_no_ways_where_checksums_travel_or_nothing_is_exported(

@@ -22,6 +22,7 @@ import numpy as np
 
 from ucxgossip.device import Device, DeviceMemory
 from ucxgossip.engine import device_rounds as d
+from ucxgossip.errors import DeviceError
 from ucxgossip.mailbox import Mailbox
 from ucxgossip.ucp.context import Context
 from ucxgossip.ucp.memory import MemoryRegion
@@ -134,7 +135,12 @@ class Staging:
         if address:
             layout = self.mailbox.layout
             place = address + layout.depth * layout.stride + PROBE * here
-            self.device.write(place, np.frombuffer(token, np.uint8))
+            try:
+                self.device.write(place, np.frombuffer(token, np.uint8))
+            except DeviceError as error:
+                _log.warning("%s: no way to rank %d's device: %s", self.device.name, rank, error)
+                self.device.unmap(address)
+                return 0
         return address
 
     def take_way(self, rank: int, address: int) -> None:
