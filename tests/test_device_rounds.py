@@ -531,6 +531,25 @@ def test_ways_end_with_a_change_of_members(make: Callable[..., DevicePair]) -> N
     assert both.device.mapped == []
 
 
+def test_ways_are_left_once_all_has_gone_by_them(make: Callable[..., DevicePair]) -> None:
+    """Also of a round that is held for ever; what it sent can still be mixed."""
+    values = values_of(8 * CHUNK // 4, 27)
+    both = make(values[0].nbytes, direct=True)
+    memories = [both.memory(each) for each in values]
+    for rank in (0, 1):
+        both.post(rank, memories[rank], held=1)
+    engine = both.pair.engines[0]
+    assert not engine.leave_ways(0.0) and both.stagings[0].ways == [1]
+    both.pair.settle(0, 3)
+    assert both.pair.word(0, w.SENT) < 8
+    assert engine.leave_ways(engines.DEADLINE_S)
+    assert both.pair.word(0, w.SENT) == 8 and both.stagings[0].ways == []
+    both.stagings[1].unheld()
+    both.pair.engines[1].unhold(both.pair.boxes[1])
+    both.pair.until(lambda: both.pair.ended(1))
+    assert np.array_equal(memories[1].view(np.float32, len(values[1])), mean(values[1], values[0]))
+
+
 def test_ways_are_tried_before_they_are_taken(make: Callable[..., DevicePair]) -> None:
     both = make(4096, pace=1)
     here, there = both.stagings[0], both.stagings[1]

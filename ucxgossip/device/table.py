@@ -57,12 +57,12 @@ def push(table: Any, mode: int) -> int:
     """
     status = jit.call(table[PUSH], (table[CONTEXT],))
     if status != 0:
-        return status  # type: ignore[no-any-return]
+        return status
     jit.view_words(mode, 1)[0] = RELAXED
     status = jit.call(table[EXCHANGE], (mode,))
     if status != 0:
         jit.call(table[POP], (table[SCRATCH],))
-    return status  # type: ignore[no-any-return]
+    return status
 
 
 @jit.njit

@@ -166,7 +166,15 @@ class Staging:
         self._unmap()
 
     def _unmap(self) -> None:
-        self.words[d.WAYS] = self.words[d.SLOTS_HERE] = self.words[d.WAY] = 0
+        self.words[d.SLOTS_HERE] = 0
+        self.leave_ways()
+
+    def leave_ways(self) -> None:
+        """Copy into no other rank's slots any more, whose owners may free them then.
+
+        The device has settled, and no chunk is copied and not signalled.
+        """
+        self.words[d.WAYS] = self.words[d.WAY] = 0
         for rank in self.ways:
             self.device.unmap(int(self._ways[rank]))
         self._ways[:] = 0
