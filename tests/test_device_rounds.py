@@ -665,6 +665,24 @@ def test_memory_that_cannot_be_pinned_is_said(
     assert np.array_equal(memories[0].view(np.float32, 100), mean(values[0], values[1]))
 
 
+def test_too_little_memory_leaves_nothing_behind() -> None:
+    pair, device = engines.make_pair("shm", 4096, 2), fake.FakeDevice()
+    allocate = device.allocate
+
+    def second(nbytes: int) -> Any:
+        if device.memories:
+            raise DeviceError("cuMemAlloc_v2", 2, "CUDA_ERROR_OUT_OF_MEMORY")
+        return allocate(nbytes)
+
+    device.allocate = second
+    with pytest.raises(DeviceError):
+        pair.engines[0].equip(pair.boxes[0], device)
+    assert not device.live and not device.pinned
+    for engine in pair.engines:
+        engine.close()
+        engine.context.close()
+
+
 def test_the_table_has_room() -> None:
     assert t.KERNELS + 2 * t.PER_KIND <= t.WORDS
     assert d.ARGUMENTS + 10 <= d.WORDS

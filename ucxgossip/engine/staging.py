@@ -46,6 +46,9 @@ class Staging:
         layout = mailbox.layout
         self.device, self.mailbox = device, mailbox
         places = min(PLACES, layout.chunks)
+        # First, since it may fail: events and pinned pages are not given back by themselves.
+        self._inside = device.allocate(places * layout.chunk)
+        self._found = device.allocate(16 * layout.chunks)
         self.words = np.zeros(d.WORDS, np.int64)
         self._pinned: list[int] = []
         self._slots = 0
@@ -62,8 +65,6 @@ class Staging:
         self.region = MemoryRegion(context, array=host)
         self._results = _pages(2 * 16 * layout.chunks)  # and as many zeros behind them
         self._pin(self._results.ctypes.data, self._results.nbytes)
-        self._inside = device.allocate(places * layout.chunk)
-        self._found = device.allocate(16 * layout.chunks)
         words = self.words
         words[d.TABLE] = device.table.ctypes.data
         words[d.OUT], words[d.OUT_PLACES] = self.region.address, places
