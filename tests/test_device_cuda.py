@@ -189,6 +189,25 @@ def test_kernels_stay_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert unloaded == []
 
 
+@pytest.mark.parametrize(
+    ("raised", "named"),
+    [
+        (ImportError("libnvrtc.so.12"), MissingExtraError),
+        (RuntimeError("cudaErrorInsufficientDriver"), CudaVersionError),
+    ],
+)
+def test_a_cupy_that_does_not_fit(
+    raised: Exception, named: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise raised
+
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(Device=fail)))
+    with pytest.raises(named, match=str(raised)) as found:
+        cuda.compile_kernels(0)
+    assert found.value.__cause__ is raised
+
+
 def test_reads_and_writes_go_by_the_current_stream(device: Any, library: Any) -> None:
     memory, values = device.allocate(64), np.arange(16, dtype=np.float32)
     library.calls.clear()
