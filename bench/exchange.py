@@ -73,9 +73,9 @@ def run(
     if device != "cpu":
         if against:
             raise ArgumentError("bench exchange: --device cuda has no peers; leave --against out")
-        from ucxgossip.bench.exchange_device import open_shared
+        from ucxgossip.torch_hook.device import check_cuda
 
-        open_shared()  # refuses before any process is started
+        check_cuda()  # refuses before any process is started; a context here would stay
     _check(ranks, against)
     chosen, absent = _present(against)
     jobs = [(count, batch) for count in ranks for batch in _batches(payloads)]

@@ -34,7 +34,7 @@ KERNELS = {
     for kind, dtype in enumerate((np.float32, np.float64))
     for each in range(t.PER_KIND)
 }
-INVALID = 400
+INVALID, CAPTURING = 400, 900
 DEADLINE_S = 30.0
 
 
@@ -86,6 +86,7 @@ class FakeDevice:
         self.pinned: dict[int, int] = {}
         self.stalled: set[int] = set()  # streams on which a query lets nothing happen
         self.depth = 0  # pushes without a pop
+        self.modes: dict[int, int] = {}  # of capturing, by thread
         self.live: set[int] = set()  # events
         self._last_event = 5000
         self._errors: list[BaseException] = []
@@ -103,6 +104,7 @@ class FakeDevice:
             (t.WAIT, self._wait, 3),
             (t.COPY, self._copy, 4),
             (t.LAUNCH, self._launch, 11),
+            (t.EXCHANGE, self._exchange, 1),
         ):
             kind = ctypes.CFUNCTYPE(ctypes.c_int, *(ctypes.c_int64,) * count)
             callback = kind(self._guarded(function))
@@ -133,6 +135,7 @@ class FakeDevice:
         if self._errors:
             raise self._errors[0]
         assert self.depth == 0, "contexts pushed and not popped"
+        assert not any(self.modes.values()), "a thread's capture mode was not given back"
         assert all(memory.intact() for memory in self.memories), "a canary was overwritten"
 
     # --- what the engine calls -----------------------------------------------------------------
@@ -147,8 +150,16 @@ class FakeDevice:
         self.depth -= 1
         return 0
 
+    def _exchange(self, word: int) -> int:
+        thread, mode = threading.get_ident(), array_at(word, np.int32, 1)
+        before = self.modes.get(thread, 0)
+        self.modes[thread], mode[0] = int(mode[0]), before
+        return 0
+
     def _query(self, event: int) -> int:
         assert event in self.recorded
+        if self.modes.get(threading.get_ident()) != t.RELAXED:
+            return CAPTURING  # as the driver says while any thread captures a graph
         for _ in range(self.pace):
             self._tick(tuple(each for each in STREAMS if each not in self.stalled))
         return 0 if self._completed(event) else t.NOT_READY

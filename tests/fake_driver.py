@@ -1,7 +1,7 @@
 """A stand-in for libcuda over host memory: C functions by name, as ctypes would find them.
 
 What is enqueued happens at once, but an event completes at its second query only. It keeps the
-calls, and the contexts that are pushed.
+calls, the contexts that are pushed and the capture mode, as if somebody captured a graph always.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ import numpy as np
 from ucxgossip.device import driver as cuda
 
 CONTEXT = 0x7000
-NAMES = {100: b"CUDA_ERROR_NO_DEVICE", 600: b"CUDA_ERROR_NOT_READY", 2: b"CUDA_ERROR_OUT_OF_MEMORY"}
+GLOBAL, RELAXED = 0, 2
+UNSAFE = ("cuMemAlloc", "cuMemFree", "cuMemHostRegister", "cuMemHostUnregister", "cuEventQuery")
+NAMES = {
+    100: b"CUDA_ERROR_NO_DEVICE",
+    600: b"CUDA_ERROR_NOT_READY",
+    2: b"CUDA_ERROR_OUT_OF_MEMORY",
+    900: b"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED",
+}
 
 
 def put(address: int, value: int, kind: Any = ctypes.c_uint64) -> int:
@@ -35,6 +42,8 @@ class FakeLibrary:
         self.fails: dict[str, int] = {}
         self.calls: list[tuple[str, tuple[int, ...]]] = []
         self.contexts: list[int] = []
+        self.mode = GLOBAL
+        self.retained = {0: 0, 1: 1}  # by device, how often: somebody works on number 1
         self.pending: dict[int, int] = {}
         self.memory: dict[int, Any] = {}
         self.live: set[int] = set()
@@ -51,6 +60,8 @@ class FakeLibrary:
             self.calls.append((name, arguments))
             if name in self.fails:
                 return self.fails[name]
+            if name.removesuffix("_v2") in UNSAFE and self.mode != RELAXED:
+                return 900
             found = body(*arguments)
             return found if isinstance(found, int) else 0
 
@@ -92,7 +103,16 @@ class FakeLibrary:
         return put(out, 3, ctypes.c_int)
 
     def do_cuDevicePrimaryCtxRetain(self, out: int, device: int) -> int:
+        self.retained[device] += 1
         return put(out, CONTEXT + device)
+
+    def do_cuDevicePrimaryCtxRelease(self, device: int) -> int:
+        self.retained[device] -= 1
+        return 0
+
+    def do_cuDevicePrimaryCtxGetState(self, device: int, flags: int, active: int) -> int:
+        put(flags, 0, ctypes.c_uint)
+        return put(active, int(self.retained[device] > 0), ctypes.c_int)
 
     def do_cuCtxPushCurrent(self, context: int) -> int:
         self.contexts.append(context)
@@ -100,6 +120,10 @@ class FakeLibrary:
 
     def do_cuCtxPopCurrent(self, out: int) -> int:
         return put(out, self.contexts.pop())
+
+    def do_cuThreadExchangeStreamCaptureMode(self, word: int) -> int:
+        before, self.mode = self.mode, ctypes.c_int.from_address(word).value
+        return put(word, before, ctypes.c_int)
 
     def do_cuCtxGetStreamPriorityRange(self, least: int, most: int) -> int:
         put(least, 0, ctypes.c_int)
@@ -120,6 +144,8 @@ class FakeLibrary:
         return 0
 
     def do_cuPointerGetAttribute(self, out: int, attribute: int, address: int) -> int:
+        if not self.contexts:
+            return cuda.INVALID_CONTEXT
         return put(out, self.attributes[attribute], ctypes.c_int)
 
     def do_cuMemGetAddressRange(self, base: int, size: int, address: int) -> int:

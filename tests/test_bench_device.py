@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 
 import ucxgossip as ug
 from ucxgossip import doctor
-from ucxgossip.bench import pair_device
+from ucxgossip.bench import exchange, pair_device, payloads
 from ucxgossip.bench.exchange_device import Checked, OursOnDevice
 from ucxgossip.bench.exchange_rank import check
 from ucxgossip.bench.pair import Side
@@ -23,6 +24,8 @@ from ucxgossip.bench.peer import Arrays
 from ucxgossip.cli import main
 from ucxgossip.device import driver
 from ucxgossip.device.driver import Driver
+from ucxgossip.errors import BenchError
+from ucxgossip.torch_hook import device as device_module
 
 
 def load(name: str) -> ModuleType:
@@ -125,6 +128,18 @@ def test_memory_of_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     address, _ = interface.__cuda_array_interface__["data"]
     assert bytes((ctypes.c_uint8 * 64).from_address(address)) == bytes(range(64))
     assert not memory.came().any()
+
+
+def test_who_starts_the_ranks_makes_no_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = fake_driver.FakeLibrary()
+    found = Driver(library)
+    monkeypatch.setattr(driver, "load", lambda: found)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(device_module, "check_installed", lambda *_: None)
+    monkeypatch.setattr(exchange, "run_ranks", mock.Mock(side_effect=BenchError("started")))
+    with pytest.raises(BenchError, match="started"):
+        exchange.run("shm", [2], [payloads.parse("64K")[0]], [], device="cuda")
+    assert "cuDevicePrimaryCtxRetain" not in library.names()
 
 
 TABLE = """

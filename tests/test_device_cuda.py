@@ -8,8 +8,9 @@ import gc
 import importlib.util
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -55,6 +56,7 @@ def device(library: Any) -> Any:
     made = cuda.CudaDevice(1, lambda: STREAM, Driver(library), lambda ordinal: NUMBERS)
     yield made
     assert library.contexts == [], "contexts pushed and not popped"
+    assert library.mode == fake.GLOBAL, "the thread's capture mode was not given back"
 
 
 # --- the device --------------------------------------------------------------------------------
@@ -72,22 +74,45 @@ def test_the_table(device: Any, library: Any) -> None:
 def test_compiled_code_calls_the_driver(device: Any, library: Any) -> None:
     table, event = device.table, device.event()
     source, to = np.arange(8.0), np.zeros(8)
-    arguments = np.zeros(1, np.int64)
+    arguments, mode = np.zeros(1, np.int64), np.zeros(1, np.int64)
     library.calls.clear()
-    assert t.push(table) == 0
+    assert t.push(table, mode.ctypes.data) == 0
     assert t.copy(table, to.ctypes.data, source.ctypes.data, 64, int(table[t.IN])) == 0
     assert t.record(table, event, int(table[t.IN])) == 0
     assert t.wait(table, STREAM, event) == 0
     assert t.query(table, event) == t.NOT_READY
     assert t.query(table, event) == 0
     assert t.launch(table, 901, 7, int(table[t.IN]), arguments.ctypes.data) == 0
-    assert t.pop(table) == 0
+    assert t.pop(table, mode.ctypes.data) == 0
+    library.fails["cuThreadExchangeStreamCaptureMode"] = 1
+    assert t.push(table, mode.ctypes.data) == 1 and library.contexts == []
+    library.fails.clear()
     assert np.array_equal(source, to)
     found = dict(library.calls)
     assert found["cuStreamWaitEvent"] == (STREAM, event, 0)
     shape = (901, 7, 1, 1, 256, 1, 1, 0)
     assert found["cuLaunchKernel"] == (*shape, table[t.IN], arguments.ctypes.data, 0)
     device.drop_event(event)
+
+
+def test_no_call_breaks_a_capture(device: Any, library: Any) -> None:
+    """Of a graph, in any thread: calls that could are refused unless this thread's mode is relaxed.
+
+    The mode is the caller's own again afterwards, also where it was not the usual one.
+    """
+    library.mode = 1
+    memory, values = device.allocate(64), np.zeros(64, np.uint8)
+    device.read(memory.address, values)
+    assert device.settle(1.0) and device.pin(4096, 4096)
+    device.unpin(4096)
+    library.fails["cuThreadExchangeStreamCaptureMode"] = 1
+    with pytest.raises(DeviceError, match="cuThreadExchangeStreamCaptureMode"):
+        device.read(memory.address, values)
+    library.fails.clear()
+    del memory
+    gc.collect()
+    assert library.mode == 1 and library.memory == {}
+    library.mode = fake.GLOBAL
 
 
 def test_memory_is_zeroed_viewed_and_freed(device: Any, library: Any) -> None:
@@ -106,18 +131,81 @@ def test_memory_is_zeroed_viewed_and_freed(device: Any, library: Any) -> None:
     assert address not in library.memory
 
 
-def test_memory_that_cannot_be_registered_is_no_arena(device: Any, library: Any) -> None:
+def test_memory_that_cannot_be_mapped_is_an_arena_all_the_same(device: Any, library: Any) -> None:
+    """Drivers are known to say so of plain memory; then chunks are staged."""
     library.attributes[driver_module.POINTER_LEGACY_IPC] = 0
-    with pytest.raises(ArrayError, match="legacy CUDA IPC"):
-        device.allocate(64)
-    gc.collect()
-    assert library.memory == {}
+    library.fails["cuIpcGetMemHandle"] = 1
+    memory = device.allocate(64)
+    assert device.export(memory) == b""
 
 
 def test_too_little_memory(device: Any, library: Any) -> None:
     library.fails["cuMemAlloc_v2"] = 2
     with pytest.raises(DeviceError, match=r"cuMemAlloc_v2: CUDA_ERROR_OUT_OF_MEMORY \(2\): 64"):
         device.allocate(64)
+
+
+def test_memory_that_an_allocator_keeps_is_asked_for(library: Any) -> None:
+    """Once, and outside of our context and mode: torch.cuda.empty_cache is torch's."""
+    asked = []
+
+    def reclaim() -> None:
+        asked.append((list(library.contexts), library.mode))
+        library.fails.clear()
+
+    made = cuda.CudaDevice(0, lambda: STREAM, Driver(library), lambda _: NUMBERS, reclaim)
+    library.fails["cuMemAlloc_v2"] = 1
+    with pytest.raises(DeviceError, match=r"\(1\)"):
+        made.allocate(64)
+    assert asked == []
+    library.fails["cuMemAlloc_v2"] = 2
+    assert made.allocate(64).nbytes == 64
+    assert asked == [([], fake.GLOBAL)]
+
+
+def test_kernels_stay_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CuPy has it: a module is held by its functions and by a memo that anybody may clear."""
+    memo: list[Any] = []
+    unloaded: list[int] = []
+
+    class Module:
+        def __del__(self) -> None:
+            unloaded.append(1)
+
+    class RawModule:
+        def __init__(self, code: str, options: tuple[str, ...]) -> None:
+            memo.append(Module())
+
+        def get_function(self, name: str) -> Any:
+            function = SimpleNamespace(ptr=NUMBERS[name], module=memo[-1])
+            return SimpleNamespace(kernel=function)
+
+    within = SimpleNamespace(Device=lambda _: nullcontext())
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(RawModule=RawModule, cuda=within))
+    monkeypatch.setattr(cuda, "_functions", [])
+    assert cuda.compile_kernels(0) == NUMBERS
+    memo.clear()
+    gc.collect()
+    assert unloaded == []
+
+
+@pytest.mark.parametrize(
+    ("raised", "named"),
+    [
+        (ImportError("libnvrtc.so.12"), MissingExtraError),
+        (RuntimeError("cudaErrorInsufficientDriver"), CudaVersionError),
+    ],
+)
+def test_a_cupy_that_does_not_fit(
+    raised: Exception, named: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int) -> None:
+        raise raised
+
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(Device=fail)))
+    with pytest.raises(named, match=str(raised)) as found:
+        cuda.compile_kernels(0)
+    assert found.value.__cause__ is raised
 
 
 def test_reads_and_writes_go_by_the_current_stream(device: Any, library: Any) -> None:
@@ -156,13 +244,26 @@ def test_memory_of_another_process(
 def test_pinning(device: Any, library: Any) -> None:
     assert device.pin(4096, 8192)
     device.unpin(4096)
-    library.fails["cuMemHostRegister_v2"] = 712
+    library.fails["cuMemHostRegister_v2"] = 2
     assert not device.pin(4096, 8192)
     found = [each for each in library.calls if "Host" in each[0]]
     assert found[:2] == [
         ("cuMemHostRegister_v2", (4096, 8192, 1)),
         ("cuMemHostUnregister", (4096,)),
     ]
+
+
+def test_memory_that_another_has_pinned(device: Any, library: Any) -> None:
+    """It is pinned, and stays so; where only a page of it is, it is not."""
+    library.fails["cuMemHostRegister_v2"] = 712
+    library.attributes[driver_module.POINTER_MEMORY_TYPE] = 1
+    assert device.pin(4096, 8192)
+    asked = [arguments for name, arguments in library.calls if name == "cuPointerGetAttribute"]
+    assert [arguments[2] for arguments in asked] == [4096, 4096 + 8191]
+    device.unpin(4096)
+    assert "cuMemHostUnregister" not in library.names()
+    library.attributes[driver_module.POINTER_MEMORY_TYPE] = 0
+    assert not device.pin(4096, 8192)
 
 
 def test_settling(device: Any, library: Any) -> None:
@@ -278,9 +379,24 @@ def test_managed_and_host_memory(library: Any) -> None:
         admission.check_memory(Driver(library), 64)
 
 
+def test_memory_is_asked_about_in_a_context_that_is_there(library: Any) -> None:
+    """The caller's thread may have none; none is made for it."""
+    library.calls.clear()
+    admission.check_memory(Driver(library), 64)
+    found = dict(library.calls)
+    assert found["cuCtxPushCurrent_v2"] == (fake.CONTEXT + 1,)
+    assert library.retained == {0: 0, 1: 1} and library.contexts == []
+    library.retained[1] = 0
+    with pytest.raises(ArrayError, match="no device memory"):
+        admission.check_memory(Driver(library), 64)
+    assert library.retained == {0: 0, 1: 0}
+
+
 def test_one_device_for_all_who_open_it(library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_devices", {})
-    monkeypatch.setattr(cuda.CudaDevice.__init__, "__defaults__", (None, lambda _: NUMBERS))
+    monkeypatch.setattr(
+        cuda.CudaDevice.__init__, "__defaults__", (None, lambda _: NUMBERS, lambda: None)
+    )
     with installed("cupy"):
         first = cuda.open_device(0, lambda: STREAM, "wheel", Driver(library))
         assert cuda.open_device(0, lambda: STREAM, "wheel") is first

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
+from copy import copy
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,7 @@ from ucxgossip.engine import device_rounds as d
 from ucxgossip.engine import drive
 from ucxgossip.engine import words as w
 from ucxgossip.engine.staging import PLACES
+from ucxgossip.errors import DeviceError
 
 
 def load(name: str) -> ModuleType:
@@ -60,6 +62,23 @@ class DevicePair:
                         self.stagings[rank].take_way(
                             other, self.device.map(f"{os.getpid()} {way}".encode())
                         )
+
+    def another(self, nbytes: int) -> "DevicePair":
+        """One mailbox more for each of the same engines, on the same device."""
+        layout = engines.Layout(nbytes, 2, CHUNK)
+        boxes = [engines.Mailbox(engine.context, layout) for engine in self.pair.engines]
+        for engine, box in zip(self.pair.engines, boxes, strict=True):
+            engine.open(box)
+        for rank, engine in enumerate(self.pair.engines):
+            address, packed = engines.parse_description(
+                boxes[1 - rank].describe(), layout, 1 - rank
+            )
+            key = engines.RemoteKey(engine.endpoints[1 - rank], packed)
+            boxes[rank].set_peer(1 - rank, key, address)
+        found = copy(self)
+        found.pair = engines.Pair(self.pair.engines, boxes)
+        found.stagings = {r: self.pair.engines[r].equip(boxes[r], self.device) for r in self.on}
+        return found
 
     def memory(self, values: np.ndarray) -> Any:
         """`values` on the device; the array views it."""
@@ -336,11 +355,12 @@ def test_a_stream_joins_while_mixes_are_under_way(make: Callable[..., DevicePair
     for rank in (0, 1):
         both.post(rank, memories[rank])
     both.tick_out(HOST)
-    while not (both.launched(0) and both.launched(1)):
-        both.pair.settle(0)
+
+    def launched() -> bool:
         both.tick_out(OUT)
-        if not both.launched(0) and both.word(0, d.ENQUEUED) - both.pair.word(0, w.MIXED) == PLACES:
-            both.device.tick(IN)
+        return both.launched(0) and both.launched(1)
+
+    both.pair.until(launched)
     assert not both.pair.ended(0)
     for rank in (0, 1):
         assert both.stagings[rank].join_stream() == HOST
@@ -373,6 +393,68 @@ def test_a_held_round_mixes_after_the_streams_work(make: Callable[..., DevicePai
     both.pair.until(both.pair.ended)
     assert np.array_equal(read[0], values[0])
     assert np.array_equal(memories[0].view(np.float32, 700), mean(values[0], values[1]))
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["staged", "direct"])
+def test_a_held_round_is_launched_before_the_stream_has_ended(
+    make: Callable[..., DevicePair], direct: bool
+) -> None:
+    """However many chunks it has: what the stream computes may end as late as it likes."""
+    count = 4 * PLACES * CHUNK // 4
+    values = values_of(count, 25)
+    both = make(values[0].nbytes, direct=direct)
+    memories = [both.memory(each) for each in values]
+    for rank in (0, 1):
+        both.post(rank, memories[rank], held=1)
+    both.pair.until(lambda: all(both.pair.word(r, w.SENT) == 4 * PLACES for r in (0, 1)))
+    read = []
+    both.device.stalled = {HOST}
+    both.device.compute(lambda: read.append(memories[0].view(np.float32, count).copy()))
+    for rank in (0, 1):
+        both.stagings[rank].unheld()
+        both.pair.engines[rank].unhold(both.pair.boxes[rank])
+    both.pair.until(lambda: both.launched(0) and both.launched(1))
+    both.pair.settle(0)
+    assert not read and both.pair.word(0, w.MIXED) == 0
+    both.device.stalled = set()
+    both.pair.until(both.pair.ended)
+    assert np.array_equal(read[0], values[0])
+    for rank in (0, 1):
+        expected = mean(values[rank], values[1 - rank])
+        assert np.array_equal(memories[rank].view(np.float32, count), expected)
+
+
+def test_what_waits_on_the_device_is_limited(make: Callable[..., DevicePair]) -> None:
+    """Over all mailboxes: a driver's call blocks when its queue is full."""
+    chunks = d.MOST_IN_FLIGHT + 8
+    values = values_of(chunks * CHUNK // 4, 26)
+    both = make(values[0].nbytes, pace=40)
+    more = both.another(2 * CHUNK)
+    memories = [both.memory(each) for each in values]
+    small = [both.memory(each[: 2 * CHUNK // 4]) for each in values]
+    for rank in (0, 1):
+        both.post(rank, memories[rank], held=1)
+    both.pair.until(lambda: all(both.pair.word(r, w.SENT) == chunks for r in (0, 1)))
+    both.device.stalled = {HOST}
+    for rank in (0, 1):
+        both.device.compute(lambda: None)
+        both.stagings[rank].unheld()
+        both.pair.engines[rank].unhold(both.pair.boxes[rank])
+    both.pair.until(
+        lambda: both.word(0, d.ENQUEUED) == both.word(1, d.ENQUEUED) == d.MOST_IN_FLIGHT
+    )
+    both.device.stalled = {IN}
+    for rank in (0, 1):
+        more.post(rank, small[rank])
+    both.pair.settle(0, 100)
+    assert both.word(0, d.ENQUEUED) == d.MOST_IN_FLIGHT and more.word(0, d.ENQUEUED) == 0
+    both.device.stalled = set()
+    both.pair.until(lambda: both.pair.ended() and more.pair.ended())
+    for rank in (0, 1):
+        expected = mean(values[rank], values[1 - rank])
+        assert np.array_equal(memories[rank].view(np.float32, len(expected)), expected)
+        head = small[rank].view(np.float32, 2 * CHUNK // 4)
+        assert np.array_equal(head, expected[: len(head)])
 
 
 def test_launched_is_waited_for(make: Callable[..., DevicePair]) -> None:
@@ -449,6 +531,25 @@ def test_ways_end_with_a_change_of_members(make: Callable[..., DevicePair]) -> N
     assert both.device.mapped == []
 
 
+def test_ways_are_left_once_all_has_gone_by_them(make: Callable[..., DevicePair]) -> None:
+    """Also of a round that is held for ever; what it sent can still be mixed."""
+    values = values_of(8 * CHUNK // 4, 27)
+    both = make(values[0].nbytes, direct=True)
+    memories = [both.memory(each) for each in values]
+    for rank in (0, 1):
+        both.post(rank, memories[rank], held=1)
+    engine = both.pair.engines[0]
+    assert not engine.leave_ways(0.0) and both.stagings[0].ways == [1]
+    both.pair.settle(0, 3)
+    assert both.pair.word(0, w.SENT) < 8
+    assert engine.leave_ways(engines.DEADLINE_S)
+    assert both.pair.word(0, w.SENT) == 8 and both.stagings[0].ways == []
+    both.stagings[1].unheld()
+    both.pair.engines[1].unhold(both.pair.boxes[1])
+    both.pair.until(lambda: both.pair.ended(1))
+    assert np.array_equal(memories[1].view(np.float32, len(values[1])), mean(values[1], values[0]))
+
+
 def test_ways_are_tried_before_they_are_taken(make: Callable[..., DevicePair]) -> None:
     both = make(4096, pace=1)
     here, there = both.stagings[0], both.stagings[1]
@@ -461,6 +562,21 @@ def test_ways_are_tried_before_they_are_taken(make: Callable[..., DevicePair]) -
     here.take_way(1, address)
     assert here.ways == [1]
     assert here.try_way(1, 0, b"1 5", token) == 0  # of another process
+
+
+def test_a_way_on_which_the_driver_fails_is_none(
+    make: Callable[..., DevicePair], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """Peers that it maps and cannot connect."""
+    both = make(4096)
+    handle = both.stagings[1].expose()
+
+    def fail(*_: object) -> None:
+        raise DeviceError("cuMemcpyAsync", 217, "CUDA_ERROR_PEER_ACCESS_UNSUPPORTED")
+
+    monkeypatch.setattr(both.device, "write", fail)
+    assert both.stagings[0].try_way(1, 0, handle, bytes(16)) == 0
+    assert both.device.mapped == [] and "CUDA_ERROR_PEER_ACCESS_UNSUPPORTED" in caplog.text
 
 
 def test_no_ways_where_checksums_travel_or_nothing_is_exported(
@@ -547,6 +663,24 @@ def test_memory_that_cannot_be_pinned_is_said(
         both.post(rank, memories[rank])
     both.pair.until(both.pair.ended)
     assert np.array_equal(memories[0].view(np.float32, 100), mean(values[0], values[1]))
+
+
+def test_too_little_memory_leaves_nothing_behind() -> None:
+    pair, device = engines.make_pair("shm", 4096, 2), fake.FakeDevice()
+    allocate = device.allocate
+
+    def second(nbytes: int) -> Any:
+        if device.memories:
+            raise DeviceError("cuMemAlloc_v2", 2, "CUDA_ERROR_OUT_OF_MEMORY")
+        return allocate(nbytes)
+
+    device.allocate = second
+    with pytest.raises(DeviceError):
+        pair.engines[0].equip(pair.boxes[0], device)
+    assert not device.live and not device.pinned
+    for engine in pair.engines:
+        engine.close()
+        engine.context.close()
 
 
 def test_the_table_has_room() -> None:

@@ -8,7 +8,10 @@ and nothing of CUDA.
 import importlib.util
 import json
 import signal
+import subprocess
 import sys
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +20,6 @@ import pytest
 import torch
 
 from ucxgossip.bench.spawn import run_ranks
-from ucxgossip.errors import BenchError
 
 
 def load(name: str) -> ModuleType:
@@ -78,27 +80,45 @@ def test_ways_between_processes(transport: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.spawn
-@pytest.mark.usefixtures("gpu")
-def test_a_killed_rank_leaves_no_stream_hanging() -> None:
-    with pytest.raises(BenchError, match="rank 1 of 3 ended on SIGKILL"):
-        run("killed", "cuda", "tcp", 3)
-
-
-@pytest.mark.gpu
 @pytest.mark.usefixtures("gpu")
 def test_what_the_driver_says_of_allocators() -> None:
-    """Plain memory is admitted; torch's expandable segments and cudaMallocAsync are not."""
+    """Plain memory is admitted; that of cudaMallocAsync is not."""
     import cupy
 
     from ucxgossip.device import driver
     from ucxgossip.device.admission import check_memory
     from ucxgossip.errors import ArrayError
 
-    check_memory(driver.load(), cupy.cuda.MemoryPool().malloc(1 << 20).ptr)
-    asynchronous = cupy.cuda.MemoryAsyncPool().malloc(1 << 20)
+    pools = cupy.cuda.MemoryPool(), cupy.cuda.MemoryAsyncPool()
+    plain, asynchronous = (pool.malloc(1 << 20) for pool in pools)
+    check_memory(driver.load(), plain.ptr)
     with pytest.raises(ArrayError, match="legacy CUDA IPC"):
         check_memory(driver.load(), asynchronous.ptr)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("expandable", [False, True])
+def test_what_the_driver_says_of_torchs_memory(
+    expandable: bool, python: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """In a process of its own: torch reads the setting once."""
+    code = """
+        import torch
+        from ucxgossip.device import driver
+        from ucxgossip.device.admission import check_memory
+        from ucxgossip.errors import ArrayError
+        kept = torch.ones(1 << 20, device="cuda")
+        try:
+            check_memory(driver.load(), kept.data_ptr())
+            print("admitted")
+        except ArrayError as error:
+            print(error)
+    """
+    setting = {"PYTORCH_CUDA_ALLOC_CONF": f"expandable_segments:{expandable}"}
+    done = python(textwrap.dedent(code), setting)
+    assert done.returncode == 0, done.stderr
+    assert ("expandable_segments:False" if expandable else "admitted") in done.stdout
 
 
 @pytest.mark.gpu
@@ -107,6 +127,22 @@ def test_what_the_driver_says_of_allocators() -> None:
 @pytest.mark.parametrize("transport", ["tcp", "shm"])
 def test_the_others_go_on_on_cuda(transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on(transport, "cuda", monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.spawn
+@pytest.mark.usefixtures("gpu")
+def test_a_killed_rank_leaves_no_stream_hanging(monkeypatch: pytest.MonkeyPatch) -> None:
+    survivors_end("cuda", monkeypatch)
+
+
+def survivors_end(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three ranks one is killed: the others end by themselves, and well."""
+    monkeypatch.setattr(lost, "SCRIPT", SCRIPT)
+    with lost.started(3, "killed", device, "tcp") as job:
+        job.signal(1, signal.SIGKILL)
+        ends = job.ends([0, 2])
+    assert all(end == {"rank": rank, "ended": "went on"} for rank, end in ends.items()), ends
 
 
 def go_on(transport: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +164,12 @@ def go_on(transport: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("job", RIGHT)
 def test_the_job_is_right_on_a_fake(job: str) -> None:
     assert run(job, "fake", "shm", 2) == RIGHT[job]
+
+
+@pytest.mark.spawn
+@pytest.mark.slow
+def test_a_killed_rank_leaves_no_fake_stream_hanging(monkeypatch: pytest.MonkeyPatch) -> None:
+    survivors_end("fake", monkeypatch)
 
 
 @pytest.mark.spawn

@@ -59,9 +59,8 @@ class Ranks:
 
 
 @contextmanager
-def started(
-    ranks: int, transport: str, losses: int, network: Network | None = None
-) -> Iterator[Ranks]:
+def started(ranks: int, *arguments: object, network: Network | None = None) -> Iterator[Ranks]:
+    """`SCRIPT` with these arguments, all of whose ranks have said that they are going."""
     port, token = free_port(), new_token()
     processes: list[subprocess.Popen[bytes]] = []
     with ended(processes):
@@ -70,7 +69,7 @@ def started(
             if network is not None:
                 variables |= network.variables(rank)
                 through = network.command(rank)
-            script = [SCRIPT, transport, str(losses)]
+            script = [SCRIPT, *map(str, arguments)]
             processes.append(start_rank(script, rank, variables, through))
         job = Ranks(processes)
         job.until_all(list(range(ranks)), "going")
@@ -134,7 +133,7 @@ def network() -> Iterator[Network]:
 def test_a_rank_whose_link_is_cut_is_left_out_and_stops(victim: int, network: Network) -> None:
     """Nothing breaks and nobody refuses: there is only silence. Rank 0 leads, rank 3 is led."""
     others = [rank for rank in range(4) if rank != victim]
-    with started(4, "tcp", 1, network) as job:
+    with started(4, "tcp", 1, network=network) as job:
         network.cut(victim)
         ends = job.ends(others)
         check(ends, others, [victim])

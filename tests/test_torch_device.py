@@ -6,6 +6,7 @@ here were waited for. What torch does on a real device is for the tests marked `
 
 import importlib.util
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,7 @@ from torch import nn
 
 import ucxgossip as ug
 from ucxgossip import errors
+from ucxgossip.engine.staging import Staging
 from ucxgossip.mixing import Modes
 from ucxgossip.schedule import Dissemination, Rotated
 from ucxgossip.torch_hook import device as device_module
@@ -125,6 +127,65 @@ def test_ways_between_devices(
         assert all(ways == (others if exports else []) for ways in found) and found
     for device in devices:
         assert device.mapped == []
+
+
+def test_no_slots_are_freed_that_another_rank_has_mapped(
+    job: Callable[..., list[Any]], devices: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapped: list[list[int]] = []
+    close = Staging.close
+
+    def closing(staging: Staging, orderly: bool = True) -> None:
+        mapped.extend(device.mapped for device in devices if device.mapped)
+        assert orderly
+        close(staging, orderly)
+
+    monkeypatch.setattr(Staging, "close", closing)
+
+    def body(group: ug.Group) -> list[int]:
+        model = hook.small_model(group.rank)
+        optimizer = hook.make_optimizer("sgd", model)
+        with ug.attach(model, optimizer, group, "weights", "awc", bucket_bytes=200) as gossip:
+            for step in range(2):
+                optimizer.zero_grad()
+                x, y = hook.batch(group.rank, step)
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+            stream: Any = gossip._buckets[0].weights_stream
+            found: list[int] = stream.staging.ways
+        return found
+
+    assert job(2, body) == [[1], [0]]
+    assert mapped == []
+
+
+def test_slots_stay_allocated_where_a_rank_leaves_alone(
+    job: Callable[..., list[Any]], devices: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others may still copy there."""
+    closed: list[bool] = []
+    close, left = Staging.close, threading.Event()
+
+    def closing(staging: Staging, orderly: bool = True) -> None:
+        closed.append(orderly)
+        close(staging, orderly)
+
+    monkeypatch.setattr(Staging, "close", closing)
+
+    def body(group: ug.Group) -> list[bool]:
+        model = hook.small_model(group.rank)
+        ug.attach(model, hook.make_optimizer("sgd", model), group)
+        if group.rank == 0:
+            assert left.wait(timeout=30.0)
+            return []
+        group.timeout = 0.2
+        group.close()
+        found = list(closed)
+        left.set()
+        return found
+
+    found = job(2, body, raw=True)[1]
+    assert found and not any(found)
 
 
 def test_ranks_need_not_all_have_a_device(
@@ -342,6 +403,14 @@ def test_devices_of_models(monkeypatch: pytest.MonkeyPatch) -> None:
         ask("cpu", "cpu", "cuda:0")
     with pytest.raises(errors.ArrayError, match="p0 is on meta"):
         ask("meta")
+
+
+def test_torch_gives_back_what_it_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(device_module, "open_device", lambda *_, **more: asked.update(more))
+    device_module.open_cuda(0)
+    assert asked == {"reclaim": torch.cuda.empty_cache}
 
 
 def test_a_torch_for_the_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:

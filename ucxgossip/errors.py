@@ -89,7 +89,7 @@ class BackendError(GossipError, RuntimeError):
 
 
 class MissingExtraError(BackendError, ImportError):
-    """A package that a mixing kernel needs is not installed; the message names the extra."""
+    """A package that a mixing kernel needs cannot be loaded; the message names the extra."""
 
 
 class NoDeviceError(BackendError):
@@ -97,7 +97,7 @@ class NoDeviceError(BackendError):
 
 
 class CudaVersionError(BackendError):
-    """The UCX wheel is built for a newer CUDA than this machine's driver serves."""
+    """The UCX wheel or CuPy is built for another CUDA than this machine's driver serves."""
 
 
 class DeviceError(GossipError, RuntimeError):

@@ -240,9 +240,10 @@ class Group(Blocking):
         return self._closed
 
     def _close(self) -> None:
+        met = False
         try:
             if self._failure is None:
-                self._leave()
+                met = self._leave()
             elif not isinstance(self._failure, ExpelledError) and not self._came_late:
                 self._quietly(lambda: self._meeting.leave(min(self.timeout, _GOODBYE)))
         finally:
@@ -253,17 +254,17 @@ class Group(Blocking):
                     self._warden.close()
             finally:
                 try:
-                    self.engine.close()
+                    self.engine.close(met)
                 finally:
                     self.context.close()
 
-    def _leave(self) -> None:
-        """Wait until all members are here to leave."""
+    def _leave(self) -> bool:
+        """Wait until all members are here to leave; whether they came."""
         if self._warden is None:
             self._meeting.leave(self.timeout)
-            return
+            return True
         if self.guest:
-            return
+            return False
         self._erase_note()
         self._warden.no_more_steps()
         # While everybody still drives, so that nobody's last put meets a closed door.
@@ -276,7 +277,9 @@ class Group(Blocking):
                 break
             except UCXError:  # a partner that is gone has nothing to lose by it
                 continue
-        self._part(deadline)
+        with suppress(ClosedError):
+            self.engine.leave_ways(min(_GOODBYE, max(0.0, deadline - time.monotonic())))
+        return self._part(deadline)
 
     def __enter__(self) -> Self:
         return self

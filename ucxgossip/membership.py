@@ -306,13 +306,15 @@ class Membership:
 
     # --- the end ----------------------------------------------------------------------------------
 
-    def _part(self, deadline: float) -> None:
-        """Meet all members to leave, or go alone when the time is up."""
+    def _part(self, deadline: float) -> bool:
+        """Meet all members to leave, or go alone (False) when the time is up."""
         assert self._warden is not None
+        met = False
         while self._failure is None:
             epoch, left = self.epoch, max(0.0, deadline - time.monotonic())
             try:
                 if self._frozen is None and self._warden.meet(epoch, "leave", b"", nothing, left):
+                    met = True
                     break
             except GossipError as error:
                 log.warning("rank %d leaves alone: %s", self.rank, error)
@@ -324,6 +326,7 @@ class Membership:
                     lambda: self._frozen is None or self._failure is not None, left
                 )
         self._warden.leave()
+        return met
 
     def _check_usable(self) -> None:
         if self._closed:

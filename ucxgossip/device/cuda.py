@@ -30,10 +30,10 @@ from numpy.typing import NDArray
 
 from ucxgossip.device import driver as cuda
 from ucxgossip.device import table as t
-from ucxgossip.device.admission import check_installed, check_memory
+from ucxgossip.device.admission import check_installed
 from ucxgossip.device.driver import Driver
 from ucxgossip.device.protocol import DeviceMemory
-from ucxgossip.errors import DeviceError, NoDeviceError
+from ucxgossip.errors import CudaVersionError, DeviceError, MissingExtraError, NoDeviceError
 from ucxgossip.kernels.cuda_source import THREADS
 from ucxgossip.kernels.cuda_whole import KINDS, WHOLE_SOURCE, names
 
@@ -49,22 +49,36 @@ Loader = Callable[[int], dict[str, int]]
 def compile_kernels(ordinal: int) -> dict[str, int]:
     """The engine's kernels on device `ordinal`, by name: ``CUfunction`` handles.
 
-    Compiled by NVRTC through CuPy, which caches them on disk and keeps them loaded.
+    Compiled by NVRTC through CuPy, which caches them on disk. `MissingExtraError` where it cannot
+    be loaded, `CudaVersionError` where it cannot compile, with the cause.
     """
-    import cupy
+    try:
+        import cupy
 
-    with cupy.cuda.Device(ordinal):
-        module = cupy.RawModule(code=WHOLE_SOURCE, options=("--std=c++17",))
-        _modules.append(module)
-        return {
-            name: int(module.get_function(name).kernel.ptr)
-            for kind in KINDS
-            for name in names(kind)
-        }
+        with cupy.cuda.Device(ordinal):
+            module = cupy.RawModule(code=WHOLE_SOURCE, options=("--std=c++17",))
+            found = {
+                name: module.get_function(name).kernel for kind in KINDS for name in names(kind)
+            }
+    except ImportError as error:
+        raise MissingExtraError(
+            f"CuPy is installed but cannot be loaded: {error}; {_FIT}"
+        ) from error
+    except Exception as error:  # CuPy's own kinds, of NVRTC, of the runtime, of the driver
+        cause = f"{type(error).__name__}: {error}"
+        raise CudaVersionError(f"CuPy cannot make the mixing kernels: {cause}; {_FIT}") from error
+    _functions.extend(found.values())
+    return {name: int(function.ptr) for name, function in found.items()}
 
 
-_modules: list[Any] = []
-"""Kernels stay loaded as long as the process: the engine has their handles."""
+_FIT = (
+    "it must be for the driver's CUDA: pip install 'ucxgossip[cu12]' or 'ucxgossip[cu13]', and no "
+    "other build of CuPy beside it"
+)
+
+_functions: list[Any] = []
+"""Kernels stay loaded as long as the process: the engine has their handles, and a `RawModule` does
+not hold them, only CuPy's memo (``cupy.clear_memo``, also at exit) and its functions do."""
 
 
 _EXPORT = struct.Struct("<64sqQ64s")
@@ -83,11 +97,18 @@ def _host() -> bytes:
 class CudaMemory:
     """Plain device memory (`ucxgossip.device.DeviceMemory`)."""
 
-    def __init__(self, driver: Driver, context: int, nbytes: int) -> None:
-        with driver.current(context):
-            self.address = driver.word("cuMemAlloc_v2", nbytes, detail=f"{nbytes} bytes")
-            # At the interpreter's exit the driver may be gone before us.
-            weakref.finalize(self, _free, driver, context, self.address).atexit = False
+    def __init__(
+        self, driver: Driver, context: int, nbytes: int, reclaim: Callable[[], None]
+    ) -> None:
+        try:
+            self.address = _allocated(driver, context, nbytes)
+        except DeviceError as error:
+            if error.status != cuda.OUT_OF_MEMORY:
+                raise
+            reclaim()
+            self.address = _allocated(driver, context, nbytes)
+        # At the interpreter's exit the driver may be gone before us.
+        weakref.finalize(self, _free, driver, context, self.address).atexit = False
         self.nbytes = nbytes
 
     def view(self, dtype: np.dtype[Any], count: int) -> object:
@@ -106,6 +127,15 @@ class _View:
         }
 
 
+def _allocated(driver: Driver, context: int, nbytes: int) -> int:
+    with driver.current(context):
+        return driver.word("cuMemAlloc_v2", nbytes, detail=f"{nbytes} bytes")
+
+
+def _nothing() -> None:
+    pass
+
+
 def _free(driver: Driver, context: int, address: int) -> None:
     with suppress(DeviceError), driver.current(context):  # of a device that has failed
         driver.functions["cuMemFree_v2"](address)
@@ -115,7 +145,8 @@ class CudaDevice:
     """`ucxgossip.device.Device` number `ordinal`, of those that the process sees.
 
     current_stream: gives the handle of the stream on which the calling thread computes. load:
-    compiles the kernels.
+    compiles the kernels. reclaim: gives the driver back what an allocator keeps and does not use,
+    which is tried where memory is short.
     """
 
     def __init__(
@@ -124,10 +155,11 @@ class CudaDevice:
         current_stream: Callable[[], int],
         driver: Driver | None = None,
         load: Loader = compile_kernels,
+        reclaim: Callable[[], None] = _nothing,
     ) -> None:
         self.driver, self.ordinal = driver or cuda.load(), ordinal
         self.name = f"cuda:{ordinal}"
-        self.current_stream = current_stream
+        self.current_stream, self.reclaim = current_stream, reclaim
         count = self.driver.count()
         if not 0 <= ordinal < count:
             raise NoDeviceError(
@@ -137,6 +169,7 @@ class CudaDevice:
         self.context = self.driver.word("cuDevicePrimaryCtxRetain", self._device)
         self._scratch = np.zeros(1, np.int64)
         self._mapped: dict[int, int] = {}
+        self._pinned: set[int] = set()
         self.table = np.zeros(t.WORDS, np.int64)
         self._fill(load)
 
@@ -150,6 +183,7 @@ class CudaDevice:
             (t.WAIT, "cuStreamWaitEvent"),
             (t.COPY, "cuMemcpyAsync"),
             (t.LAUNCH, "cuLaunchKernel"),
+            (t.EXCHANGE, "cuThreadExchangeStreamCaptureMode"),
         ):
             table[word] = call.address(name)
         least, most = ctypes.c_int(), ctypes.c_int()
@@ -179,9 +213,8 @@ class CudaDevice:
     # --- memory --------------------------------------------------------------------------------
 
     def allocate(self, nbytes: int) -> CudaMemory:
-        """Zeroed memory that other processes could map; `DeviceError` where there is too little."""
-        memory = CudaMemory(self.driver, self.context, nbytes)
-        check_memory(self.driver, memory.address)
+        """Zeroed plain memory; `DeviceError` where there is too little."""
+        memory = CudaMemory(self.driver, self.context, nbytes, self.reclaim)
         event = self.event()
         try:
             with self.driver.current(self.context):
@@ -193,15 +226,29 @@ class CudaDevice:
         return memory
 
     def pin(self, address: int, nbytes: int) -> bool:
-        """``cuMemHostRegister`` of whole pages; False where the driver refuses."""
+        """``cuMemHostRegister`` of whole pages; False where the driver refuses.
+
+        True too where somebody else has done it, as UCX does with memory of its own.
+        """
         with self.driver.current(self.context):
             register = self.driver.functions["cuMemHostRegister_v2"]
-            return bool(register(address, nbytes, cuda.HOST_REGISTER_PORTABLE) == 0)
+            status = register(address, nbytes, cuda.HOST_REGISTER_PORTABLE)
+            if status == 0:
+                self._pinned.add(address)
+            return status == 0 or (
+                status == cuda.ALREADY_REGISTERED
+                and all(
+                    self.driver.pointer(cuda.POINTER_MEMORY_TYPE, end) == cuda.MEMORY_TYPE_HOST
+                    for end in (address, address + nbytes - 1)
+                )
+            )
 
     def unpin(self, address: int) -> None:
-        """``cuMemHostUnregister``."""
-        with self.driver.current(self.context):
-            self.driver.functions["cuMemHostUnregister"](address)
+        """``cuMemHostUnregister``, of what this device registered."""
+        if address in self._pinned:
+            self._pinned.remove(address)
+            with self.driver.current(self.context):
+                self.driver.functions["cuMemHostUnregister"](address)
 
     def export(self, memory: DeviceMemory) -> bytes:
         """``cuIpcGetMemHandle``, with host, process, and the place within its allocation."""
@@ -316,7 +363,11 @@ class CudaDevice:
 
 
 def open_device(
-    ordinal: int, current_stream: Callable[[], int], ucx_origin: str, driver: Driver | None = None
+    ordinal: int,
+    current_stream: Callable[[], int],
+    ucx_origin: str,
+    driver: Driver | None = None,
+    reclaim: Callable[[], None] = _nothing,
 ) -> CudaDevice:
     """Device `ordinal` after all that `admission` asks for; the same one for each call.
 
@@ -325,7 +376,7 @@ def open_device(
     if ordinal not in _devices:
         driver = driver or cuda.load()
         check_installed(driver, ucx_origin)
-        _devices[ordinal] = CudaDevice(ordinal, current_stream, driver)
+        _devices[ordinal] = CudaDevice(ordinal, current_stream, driver, reclaim=reclaim)
     return _devices[ordinal]
 
 

@@ -23,12 +23,13 @@ LIBRARY = "libcuda.so.1"
 
 EVENT_DISABLE_TIMING = 2
 STREAM_NON_BLOCKING = 1
+CAPTURE_RELAXED = 2
 HOST_REGISTER_PORTABLE = 1
 IPC_LAZY_ENABLE_PEER_ACCESS = 1
 MULTIPROCESSOR_COUNT = 16
-NO_DEVICE = 100
+OUT_OF_MEMORY, NO_DEVICE, INVALID_CONTEXT, ALREADY_REGISTERED = 2, 100, 201, 712
 POINTER_MEMORY_TYPE, POINTER_IS_MANAGED, POINTER_LEGACY_IPC = 2, 8, 10
-MEMORY_TYPE_DEVICE = 2
+MEMORY_TYPE_HOST, MEMORY_TYPE_DEVICE = 1, 2
 
 
 class IpcHandle(ctypes.Structure):
@@ -46,7 +47,9 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuDeviceGet": (_out, _int),
     "cuDeviceGetName": (_out, _int, _int),
     "cuDeviceGetAttribute": (_out, _int, _int),
+    "cuDevicePrimaryCtxGetState": (_int, _out, _out),
     "cuDevicePrimaryCtxRetain": (_out, _int),
+    "cuDevicePrimaryCtxRelease_v2": (_int,),
     "cuCtxPushCurrent_v2": (_word,),
     "cuCtxPopCurrent_v2": (_out,),
     "cuCtxGetStreamPriorityRange": (_out, _out),
@@ -65,6 +68,7 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuEventRecord": (_word, _word),
     "cuEventQuery": (_word,),
     "cuStreamCreateWithPriority": (_out, ctypes.c_uint, _int),
+    "cuThreadExchangeStreamCaptureMode": (_out,),
     "cuStreamWaitEvent": (_word, _word, ctypes.c_uint),
     "cuMemcpyAsync": (_word, _word, ctypes.c_size_t, _word),
     "cuLaunchKernel": (
@@ -142,21 +146,50 @@ class Driver:
 
     @contextmanager
     def current(self, context: int) -> Iterator[None]:
-        """Make `context` this thread's current one."""
+        """Make `context` this thread's current one, in relaxed capture mode (`table.RELAXED`)."""
         self.call("cuCtxPushCurrent_v2", context)
+        mode, before = ctypes.c_int(CAPTURE_RELAXED), ctypes.c_uint64()
         try:
-            yield
+            self.call("cuThreadExchangeStreamCaptureMode", ctypes.addressof(mode))
+            try:
+                yield
+            finally:
+                self.functions["cuThreadExchangeStreamCaptureMode"](ctypes.addressof(mode))
         finally:
-            before = ctypes.c_uint64()
             self.functions["cuCtxPopCurrent_v2"](ctypes.addressof(before))
 
     def pointer(self, attribute: int, address: int) -> int:
-        """An integer attribute of the memory at `address`; 0 where the driver knows none."""
+        """An integer attribute of the memory at `address`; 0 where the driver knows none.
+
+        Addresses are those of all devices, so any context will do in a thread that has none.
+        """
         found = ctypes.c_uint64()
-        status = self.functions["cuPointerGetAttribute"](
-            ctypes.addressof(found), attribute, address
-        )
+        asked = ctypes.addressof(found), attribute, address
+        status = self.functions["cuPointerGetAttribute"](*asked)
+        if status == INVALID_CONTEXT:
+            with self._any_context():
+                status = self.functions["cuPointerGetAttribute"](*asked)
         return found.value & 0xFFFFFFFF if status == 0 else 0
+
+    @contextmanager
+    def _any_context(self) -> Iterator[None]:
+        """Make a context current that is there already; none where none is."""
+        for ordinal in range(self.count()):
+            device = self.number("cuDeviceGet", ordinal)
+            flags, active = ctypes.c_uint(), ctypes.c_int()
+            self.call(
+                "cuDevicePrimaryCtxGetState",
+                *(device, ctypes.addressof(flags), ctypes.addressof(active)),
+            )
+            if active.value:
+                context = self.word("cuDevicePrimaryCtxRetain", device)
+                try:
+                    with self.current(context):
+                        yield
+                finally:
+                    self.functions["cuDevicePrimaryCtxRelease_v2"](device)
+                return
+        yield
 
 
 @lru_cache(maxsize=1)

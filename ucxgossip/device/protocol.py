@@ -51,7 +51,7 @@ class Device(Protocol):
         """Let the device copy from and to host memory by itself; False where it cannot."""
 
     def unpin(self, address: int) -> None:
-        """Undo a `pin` that returned True."""
+        """Undo a `pin` that returned True, as far as it did anything."""
 
     def event(self) -> int:
         """A new event."""

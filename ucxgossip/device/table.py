@@ -22,6 +22,7 @@ RECORD = 3  # (event, stream): completes when all that the stream holds now has
 WAIT = 4  # (stream, event, 0): what the stream gets from now on waits for the event
 COPY = 5  # (to, from, bytes, stream), host or device
 LAUNCH = 6  # (function, 3 of the grid, 3 of a block, shared bytes, stream, arguments, 0)
+EXCHANGE = 7  # (address of a word): this thread's capture mode, which it is given for the one there
 
 # --- handles -----------------------------------------------------------------------------------
 CONTEXT = 8
@@ -40,19 +41,34 @@ PER_KIND = 3
 
 WORDS = 24
 
+RELAXED = 2
+"""The capture mode (``CU_STREAM_CAPTURE_MODE_RELAXED``) in which a thread may ask for events while
+any thread captures a graph: in the usual one that is an error, and ends the other's capture."""
+
 NOT_READY = 600
 """What QUERY returns of an event that has not completed (``CUDA_ERROR_NOT_READY``)."""
 
 
 @jit.njit
-def push(table: Any) -> int:
-    """Make the device's context current in this thread; an error, or 0. Pair with `pop`."""
-    return jit.call(table[PUSH], (table[CONTEXT],))
+def push(table: Any, mode: int) -> int:
+    """Make the device's context current in this thread, in `RELAXED` mode; an error, or 0.
+
+    mode: address of a word of the caller's own, until `pop`, with which to pair each success.
+    """
+    status = jit.call(table[PUSH], (table[CONTEXT],))
+    if status != 0:
+        return status
+    jit.view_words(mode, 1)[0] = RELAXED
+    status = jit.call(table[EXCHANGE], (mode,))
+    if status != 0:
+        jit.call(table[POP], (table[SCRATCH],))
+    return status
 
 
 @jit.njit
-def pop(table: Any) -> int:
+def pop(table: Any, mode: int) -> int:
     """Undo `push`."""
+    jit.call(table[EXCHANGE], (mode,))
     return jit.call(table[POP], (table[SCRATCH],))
 
 

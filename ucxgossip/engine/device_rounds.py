@@ -12,7 +12,9 @@ The device does its work on two streams of ours, and tells by events when it is 
    free again when its put is (`SENT`).
 3. A chunk comes in: signal, and in place its own copy has left the device; then copy from the slot,
    kernels, event. When that has completed the chunk counts as `MIXED`, and its slot's credit may
-   go. With a target event (rounds that were held) the stream waits for it first.
+   go. With a target event (rounds that were held) the stream waits for it first. Chunks come to
+   few places, which the stream's order gives free, but each has an event of its own, up to
+   `MOST_IN_FLIGHT`: or no round behind work that ends late could be enqueued before it has ended.
 4. All are enqueued: the done event is recorded, and the round is `LAUNCHED`. A stream that waits
    for that event sees the whole target; no host has to.
 5. Distances and what was left out come to the host behind that, with an event of their own. Then
@@ -41,6 +43,7 @@ from ucxgossip.engine import credits, rounds, sending
 from ucxgossip.engine import words as w
 from ucxgossip.engine.checks import intact
 from ucxgossip.engine.handlers import (
+    mailbox_words,
     place_of,
     place_offset,
     position,
@@ -58,26 +61,28 @@ OUT_PARAM = 3  # ucp_request_param_t of puts from there
 OUT_EVENTS = 4  # address of an event a place: its chunk has been copied
 IN = 5  # device address of the places that chunks are copied to
 IN_PLACES = 6
-IN_EVENTS = 7  # address of an event a place: its chunk has been mixed
+IN_EVENTS = 7  # address of events: a chunk has been mixed
 RESULTS = 8  # device address of two words a chunk: squared distance, bits of what was not finite
 RESULTS_HERE = 9  # pinned host address where they come to
 ZEROS = 10  # pinned host address of as many zeros
 DONE_EVENT = 11  # the target is whole
 END_EVENT = 12  # the results are here
+IN_EVENTS_COUNT = 13  # one a chunk, as far as MOST_IN_FLIGHT goes
 
 # --- of the round under way --------------------------------------------------------------------
-SOURCE_EVENT = 13  # what must complete before the source may be read; 0: nothing
-TARGET_EVENT = 14  # what the mix must come after, beyond that; 0: nothing
-ROUND_TURN = 15  # the mailbox's TURN of the round that the words below are about
-SOURCE = 16  # device address
-PHASE = 17
-COPIED = 18  # chunks whose copy to staging memory is enqueued
-LEFT = 19  # chunks whose copy has completed
-ENQUEUED = 20  # chunks whose mix is enqueued
-SLOTS_HERE = 21  # device address of this rank's slots there; 0: nobody may put to them
-WAYS = 22  # address of: where this process sees other ranks' slots on their devices, or 0
-WAY = 23  # the partner's of this round
-ARGUMENTS = 24  # of a kernel: five values, then their five addresses
+SOURCE_EVENT = 14  # what must complete before the source may be read; 0: nothing
+TARGET_EVENT = 15  # what the mix must come after, beyond that; 0: nothing
+ROUND_TURN = 16  # the mailbox's TURN of the round that the words below are about
+SOURCE = 17  # device address
+PHASE = 18
+COPIED = 19  # chunks whose copy to staging memory is enqueued
+LEFT = 20  # chunks whose copy has completed
+ENQUEUED = 21  # chunks whose mix is enqueued
+SLOTS_HERE = 22  # device address of this rank's slots there; 0: nobody may put to them
+WAYS = 23  # address of: where this process sees other ranks' slots on their devices, or 0
+WAY = 24  # the partner's of this round
+MODE = 25  # the capture mode of the thread that drives, meanwhile
+ARGUMENTS = 26  # of a kernel: five values, then their five addresses
 WORDS = 40
 
 # --- values of PHASE ---------------------------------------------------------------------------
@@ -87,6 +92,10 @@ LAUNCHED = 2  # the done event is recorded
 ENDED = 3
 
 _VALUES = 5
+
+MOST_IN_FLIGHT = 192
+"""Chunks of all rounds whose mixes may wait on the device: four calls each, and the driver's queue
+takes about a thousand before a call blocks, which would hold up every other round. Not tuned."""
 
 
 @jit.njit
@@ -293,7 +302,21 @@ def _take_in(
             status = _mix(mailbox, floats, device, table, part, inside)
     if status != 0:
         return status
-    return t.record(table, _event(device[IN_EVENTS], place), table[t.IN])
+    event = _event(device[IN_EVENTS], part % device[IN_EVENTS_COUNT])
+    return t.record(table, event, table[t.IN])
+
+
+@jit.njit
+def _in_flight(engine: Any) -> int:
+    """Chunks of all rounds whose mixes are enqueued and not seen to have completed."""
+    found = 0
+    for index in range(engine[w.MAILBOXES]):
+        mailbox = mailbox_words(engine, index)
+        if mailbox[w.DEVICE] != 0 and jit.load_acquire(mailbox, w.STATE) == w.ACTIVE:
+            device = words_of(mailbox)
+            if device[ROUND_TURN] == mailbox[w.TURN]:
+                found += device[ENQUEUED] - mailbox[w.MIXED]
+    return found
 
 
 @jit.njit
@@ -302,7 +325,7 @@ def _take_next(engine: Any, mailbox: Any, floats: Any, device: Any, table: Any) 
     part = device[ENQUEUED]
     if mailbox[w.FROM] < 0 or part == mailbox[w.PARTS]:
         return 0
-    if jit.load_acquire(mailbox, w.HELD) != 0 or part - mailbox[w.MIXED] == device[IN_PLACES]:
+    if jit.load_acquire(mailbox, w.HELD) != 0:
         return 0
     if mailbox[w.TO] >= 0 and device[LEFT] <= part and device[SOURCE] == mailbox[w.TARGET]:
         return 0
@@ -310,7 +333,7 @@ def _take_next(engine: Any, mailbox: Any, floats: Any, device: Any, table: Any) 
     place, expected = place_of(mailbox, number, part), word_of(engine, mailbox, number, part)
     found = jit.load_acquire(signal_words(mailbox), place)
     there = device[SLOTS_HERE] != 0 and found == expected | w.ON_DEVICE
-    if found != expected and not there:
+    if (found != expected and not there) or _in_flight(engine) >= MOST_IN_FLIGHT:
         return 0
     slots = device[SLOTS_HERE] if there else mailbox[w.SLOTS]
     came = slots + place_offset(mailbox, place)
@@ -328,7 +351,8 @@ def _see_mixed(mailbox: Any, device: Any, table: Any) -> int:
     """Count the chunks that are mixed and out of their slots; how many became so."""
     moved = 0
     while mailbox[w.MIXED] < device[ENQUEUED]:
-        status = t.query(table, _event(device[IN_EVENTS], mailbox[w.MIXED] % device[IN_PLACES]))
+        event = _event(device[IN_EVENTS], mailbox[w.MIXED] % device[IN_EVENTS_COUNT])
+        status = t.query(table, event)
         if status == t.NOT_READY:
             break
         if status != 0:
@@ -448,11 +472,12 @@ def advance_device(engine: Any, mailbox: Any, floats: Any, turn: bool) -> int:
         if status < 0:
             return rounds.fail(mailbox, status)
     table = jit.view_words(device[TABLE], t.WORDS)
-    status = t.push(table)
+    mode = mailbox[w.DEVICE] + 8 * MODE
+    status = t.push(table, mode)
     if status != 0:
         return _broken(mailbox, status)
     moved = _step(engine, mailbox, floats, device, table, turn)
-    t.pop(table)
+    t.pop(table, mode)
     if mailbox[w.STATE] == w.ACTIVE and _awaits_device(mailbox, device):
         engine[w.NAPS] = 1
     return moved

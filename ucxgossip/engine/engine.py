@@ -276,6 +276,36 @@ class Engine:
             if not device.settle(_DEVICE_S):
                 _log.warning("%s: work of rounds is still under way", device.name)
 
+    def leave_ways(self, timeout: float) -> bool:
+        """Let go of other ranks' memory on devices, once the rounds under way have left.
+
+        Before all ranks meet for the last time: their owners may free it after that. False after
+        `timeout` seconds, when it is left as it is.
+        """
+        deadline = time.monotonic() + timeout
+        while self.stagings:
+            with self.locked():
+                drive.drive_once(self.words)
+                if not any(self._leaves_by_way(each) for each in self.stagings.values()):
+                    self._settle_devices()
+                    for staging in self.stagings.values():
+                        staging.leave_ways()
+                    return True
+            if time.monotonic() > deadline:
+                return False
+            os.sched_yield()
+        return True
+
+    def _leaves_by_way(self, staging: Staging) -> bool:
+        """Whether a round under way has chunks left to copy to another rank's device."""
+        row = self.table[staging.mailbox.index]
+        return bool(
+            self.active(staging.mailbox)
+            and staging.ways
+            and row[w.TO] >= 0
+            and row[w.SENT] < row[w.PARTS]
+        )
+
     def _place(self, row: NDArray[np.int64], mailbox: Mailbox) -> None:
         """Write where the mailbox's region is into its row. The caller holds the lock."""
         layout, region = mailbox.layout, mailbox.region
@@ -398,13 +428,15 @@ class Engine:
             for endpoint in self.endpoints.values():
                 endpoint.flush(max(0.0, deadline - time.monotonic()))
 
-    def close(self) -> None:
+    def close(self, orderly: bool = True) -> None:
         """Stop the thread, close mailboxes, endpoints and worker. Further calls do nothing.
 
-        No last word is sent to partners, who may be gone: `flush` before, if it matters.
+        No last word is sent to partners, who may be gone: `flush` before, if it matters. orderly:
+        they copy nothing to this rank's devices any more; else its slots there stay allocated.
         """
         with self._closing:
             if not self._closed:
+                self._orderly &= orderly
                 self._closed = True
                 self._close()
 

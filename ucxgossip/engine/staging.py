@@ -22,6 +22,7 @@ import numpy as np
 
 from ucxgossip.device import Device, DeviceMemory
 from ucxgossip.engine import device_rounds as d
+from ucxgossip.errors import DeviceError
 from ucxgossip.mailbox import Mailbox
 from ucxgossip.ucp.context import Context
 from ucxgossip.ucp.memory import MemoryRegion
@@ -45,11 +46,15 @@ class Staging:
         layout = mailbox.layout
         self.device, self.mailbox = device, mailbox
         places = min(PLACES, layout.chunks)
+        # First, since it may fail: events and pinned pages are not given back by themselves.
+        self._inside = device.allocate(places * layout.chunk)
+        self._found = device.allocate(16 * layout.chunks)
         self.words = np.zeros(d.WORDS, np.int64)
         self._pinned: list[int] = []
         self._slots = 0
-        self._events = [device.event() for _ in range(2 * places + 4)]
-        out, came = (np.array(self._events[i * places : (i + 1) * places]) for i in range(2))
+        flying = min(d.MOST_IN_FLIGHT, layout.chunks)
+        self._events = [device.event() for _ in range(places + flying + 4)]
+        out, came = np.array(self._events[:places]), np.array(self._events[places:-4])
         self._kept = (out, came)
         self._slots_there: DeviceMemory | None = None
         self._handle = b""
@@ -60,14 +65,13 @@ class Staging:
         self.region = MemoryRegion(context, array=host)
         self._results = _pages(2 * 16 * layout.chunks)  # and as many zeros behind them
         self._pin(self._results.ctypes.data, self._results.nbytes)
-        self._inside = device.allocate(places * layout.chunk)
-        self._found = device.allocate(16 * layout.chunks)
         words = self.words
         words[d.TABLE] = device.table.ctypes.data
         words[d.OUT], words[d.OUT_PLACES] = self.region.address, places
         words[d.OUT_PARAM] = self.region.param_address
         words[d.OUT_EVENTS], words[d.IN_EVENTS] = out.ctypes.data, came.ctypes.data
         words[d.IN], words[d.IN_PLACES] = self._inside.address, places
+        words[d.IN_EVENTS_COUNT] = flying
         words[d.RESULTS] = self._found.address
         words[d.RESULTS_HERE] = self._results.ctypes.data
         words[d.ZEROS] = self._results.ctypes.data + 16 * layout.chunks
@@ -132,7 +136,12 @@ class Staging:
         if address:
             layout = self.mailbox.layout
             place = address + layout.depth * layout.stride + PROBE * here
-            self.device.write(place, np.frombuffer(token, np.uint8))
+            try:
+                self.device.write(place, np.frombuffer(token, np.uint8))
+            except DeviceError as error:
+                _log.warning("%s: no way to rank %d's device: %s", self.device.name, rank, error)
+                self.device.unmap(address)
+                return 0
         return address
 
     def take_way(self, rank: int, address: int) -> None:
@@ -158,7 +167,15 @@ class Staging:
         self._unmap()
 
     def _unmap(self) -> None:
-        self.words[d.WAYS] = self.words[d.SLOTS_HERE] = self.words[d.WAY] = 0
+        self.words[d.SLOTS_HERE] = 0
+        self.leave_ways()
+
+    def leave_ways(self) -> None:
+        """Copy into no other rank's slots any more, whose owners may free them then.
+
+        The device has settled, and no chunk is copied and not signalled.
+        """
+        self.words[d.WAYS] = self.words[d.WAY] = 0
         for rank in self.ways:
             self.device.unmap(int(self._ways[rank]))
         self._ways[:] = 0

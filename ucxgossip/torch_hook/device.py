@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 import torch
 
-from ucxgossip.device import Device
+from ucxgossip.device import Device, driver
+from ucxgossip.device.admission import check_installed
 from ucxgossip.device.cuda import open_device
 from ucxgossip.errors import ArgumentError, ArrayError, NoDeviceError
 from ucxgossip.mixing import Modes
@@ -46,16 +47,30 @@ def open_cuda(ordinal: int) -> Device:
 
     `NoDeviceError` where torch is built without CUDA, and else as `device_of`.
     """
+    _check_torch()
+
+    def current_stream() -> int:
+        return int(torch.cuda.current_stream(ordinal).cuda_stream)
+
+    origin = lib.load().origin
+    return open_device(ordinal, current_stream, origin, reclaim=torch.cuda.empty_cache)
+
+
+def check_cuda() -> None:
+    """What `open_cuda` refuses for any device; makes no context.
+
+    `NoDeviceError`, `MissingExtraError`, `CudaVersionError`.
+    """
+    _check_torch()
+    check_installed(driver.load(), lib.load().origin)
+
+
+def _check_torch() -> None:
     if torch.version.cuda is None:
         raise NoDeviceError(
             "torch is built for the CPU only; install a build for CUDA (see pytorch.org), then "
             "pip install 'ucxgossip[cu12]' (or [cu13])"
         )
-
-    def current_stream() -> int:
-        return int(torch.cuda.current_stream(ordinal).cuda_stream)
-
-    return open_device(ordinal, current_stream, lib.load().origin)
 
 
 def check_modes(modes: Modes, device: Device) -> None:
