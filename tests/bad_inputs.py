@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
 import io
 import os
 import re
@@ -19,7 +18,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -27,7 +26,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import fake_driver
 import ucxgossip as ug
+from fake_device import FakeDevice
 from ucxgossip import errors, kernels
 from ucxgossip.buffer import Buffer
 from ucxgossip.channel import Channel
@@ -39,19 +40,6 @@ from ucxgossip.mixing import Modes
 from ucxgossip.torch_hook.device import check_modes, device_of
 from ucxgossip.torch_hook.gossip import MARK
 
-
-def load(name: str) -> ModuleType:
-    """Modules beside this one are not importable by name (``--import-mode=importlib``)."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-fake_driver = load("fake_driver")
-FakeDevice = load("fake_device").FakeDevice
 DOCUMENT = Path(__file__).parents[1] / "docs" / "errors.md"
 DEADLINE_S = 60.0
 

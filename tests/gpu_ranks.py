@@ -4,13 +4,11 @@ DEVICE is ``cuda`` (ranks share what devices there are, all of them one if need 
 fake device of the other tests, which shows that these jobs themselves are right.
 """
 
-import importlib.util
 import json
 import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ import torch
 from torch import nn
 
 import ucxgossip as ug
+from fake_device import FakeDevice
 from ucxgossip.device import Device
 from ucxgossip.mixing import DeviceArray, DeviceInPlace, Meter
 from ucxgossip.torch_hook import device as device_module
@@ -36,12 +35,7 @@ def place(kind: str) -> torch.device:
 
 def open_device(kind: str) -> Device:
     if kind == "fake":
-        path = Path(__file__).with_name("fake_device.py")
-        spec = importlib.util.spec_from_file_location("fake_device", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        found: Device = module.FakeDevice(pace=3)
+        found: Device = FakeDevice(pace=3)
         return found
     return device_module.open_cuda(place(kind).index)
 

@@ -3,31 +3,21 @@
 GOSSIP_TEST_DEVICE: ``cuda``, or the fake device of the other tests.
 """
 
-import importlib.util
 import json
 import logging
 import os
 import sys
 import time
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
+import gpu_ranks
 import ucxgossip as ug
 from ucxgossip import errors
 from ucxgossip.mixing import Collective, DeviceArray, DeviceHeld, DeviceInPlace, Meter
 
 AFTER = 40
 DEADLINE_S = 60.0
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def main() -> None:
@@ -45,7 +35,7 @@ def main() -> None:
 
 def rounds(group: ug.Group, losses: int, end: dict[str, object]) -> None:
     """Rounds of two arrays and now and again an exact mean, whoever is lost."""
-    device = load("gpu_ranks").open_device(os.environ.get("GOSSIP_TEST_DEVICE", "fake"))
+    device = gpu_ranks.open_device(os.environ.get("GOSSIP_TEST_DEVICE", "fake"))
     schedule, meter = ug.Rotated(ug.Dissemination(group.size), seed=0), Meter()
     arrays = []
     for values in (np.full(16, float(group.rank)), np.full(300_000, group.rank, np.float32)):

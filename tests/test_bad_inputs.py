@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+import bad_inputs
 from ucxgossip import errors
-
-
-def load() -> ModuleType:
-    path = Path(__file__).with_name("bad_inputs.py")
-    spec = importlib.util.spec_from_file_location("bad_inputs", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bad_inputs"] = module  # which dataclasses look up
-    spec.loader.exec_module(module)
-    return module
-
-
-bad_inputs = load()
 
 
 @pytest.fixture(scope="module")

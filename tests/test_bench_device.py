@@ -1,12 +1,9 @@
 """`--device cuda` of doctor and the benches: refused by name, and what can be shown without one."""
 
 import ctypes
-import importlib.util
-import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -14,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+import fake_device as fake
+import fake_driver
 import ucxgossip as ug
 from ucxgossip import doctor
 from ucxgossip.bench import exchange, pair_device, payloads
@@ -26,20 +25,6 @@ from ucxgossip.device import driver
 from ucxgossip.device.driver import Driver
 from ucxgossip.errors import BenchError
 from ucxgossip.torch_hook import device as device_module
-
-
-def load(name: str) -> ModuleType:
-    """Test modules are not importable by name (``--import-mode=importlib``)."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-fake = load("fake_device")
-fake_driver = load("fake_driver")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

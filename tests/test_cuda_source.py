@@ -13,29 +13,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+import mixing_cases as cases
 from ucxgossip.kernels.contract import ITEMSIZE, PAIRS
 from ucxgossip.kernels.cuda_source import SOURCE, THREADS, kernel_name
 
 HERE = Path(__file__).parent
 ARCHITECTURE = "sm_90"
-
-
-def load(name: str) -> ModuleType:
-    """Test modules are not importable by name (``--import-mode=importlib``)."""
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases = load("mixing_cases")
 
 
 # --- compiled for a GPU ------------------------------------------------------------------------

@@ -4,34 +4,22 @@ As test_cuda_source: a warp's reduction, atomics and speed are for the tests mar
 """
 
 import ctypes
-import importlib.util
 import re
 import shutil
 import subprocess
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+import test_cuda_source as cuda
 from ucxgossip.kernels.cpu import CAME_IN, OWN, mix_whole
 from ucxgossip.kernels.cuda_source import SOURCE
 from ucxgossip.kernels.cuda_whole import KINDS, WHOLE_SOURCE, names
 
 HERE = Path(__file__).parent
-
-
-def load(name: str) -> ModuleType:
-    """Test modules are not importable by name (``--import-mode=importlib``)."""
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cuda = load("test_cuda_source")
 
 
 @pytest.fixture(scope="module")

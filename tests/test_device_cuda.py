@@ -5,18 +5,17 @@ What a driver does is for the tests marked `gpu` (test_gpu.py).
 
 import ctypes
 import gc
-import importlib.util
 import os
 import sys
 from contextlib import nullcontext
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 
+import fake_driver as fake
 from ucxgossip.device import admission, cuda
 from ucxgossip.device import driver as driver_module
 from ucxgossip.device import table as t
@@ -30,18 +29,6 @@ from ucxgossip.errors import (
 )
 from ucxgossip.kernels.cuda_whole import KINDS, names
 
-
-def load(name: str) -> ModuleType:
-    """Test modules are not importable by name (``--import-mode=importlib``)."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-fake = load("fake_driver")
 STREAM = 0x55
 NUMBERS = {name: 900 + i for i, name in enumerate(n for kind in KINDS for n in names(kind))}
 

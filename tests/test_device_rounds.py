@@ -4,18 +4,16 @@ Two engines in one process, driven in turns by the test. What a GPU alone can sh
 and kernels are ordered by streams as the fake's are) is left to the tests marked `gpu`.
 """
 
-import importlib.util
 import os
-import sys
 from collections.abc import Callable, Iterator
 from copy import copy
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
+import fake_device as fake
+import test_engine as engines
 from ucxgossip.device import table as t
 from ucxgossip.engine import device_rounds as d
 from ucxgossip.engine import drive
@@ -23,19 +21,6 @@ from ucxgossip.engine import words as w
 from ucxgossip.engine.staging import PLACES
 from ucxgossip.errors import DeviceError
 
-
-def load(name: str) -> ModuleType:
-    """Test modules are not importable by name (``--import-mode=importlib``)."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-engines = load("test_engine")
-fake = load("fake_device")
 CHUNK = engines.TUNING.chunk
 OUT, IN, HOST = fake.OUT, fake.IN, fake.HOST
 

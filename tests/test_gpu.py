@@ -5,34 +5,20 @@ jobs run on the fake device instead, under names of their own: that shows that t
 and nothing of CUDA.
 """
 
-import importlib.util
 import json
 import signal
 import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+import test_lost_ranks as lost
 from ucxgossip.bench.spawn import run_ranks
 
-
-def load(name: str) -> ModuleType:
-    """Test modules are not importable by name (``--import-mode=importlib``)."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-lost = load("test_lost_ranks")
 SCRIPT = str(Path(__file__).with_name("gpu_ranks.py"))
 DEADLINE_S = 280.0
 RIGHT: dict[str, Any] = {

@@ -1,10 +1,7 @@
 """kernels.mix_ and the kernels of `select`: each keeps the contract, to the bit."""
 
-import importlib.util
 import threading
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -12,21 +9,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+import mixing_cases as cases
 from ucxgossip.errors import ArgumentError, ArrayError, MissingExtraError, NoDeviceError
 from ucxgossip.kernels import bits16, cpu, host, mix_, select
 from ucxgossip.kernels.contract import ITEMSIZE, PAIRS
 
-
-def load(name: str) -> ModuleType:
-    """Test modules are not importable by name (``--import-mode=importlib``)."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases = load("mixing_cases")
 TOLERANCE = {"float32": 1e-5, "float64": 1e-12, "bfloat16": 1e-5, "float16": 1e-5}
 
 

@@ -3,27 +3,18 @@
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+import mixing_cases as cases
 from ucxgossip.kernels.contract import PAIRS
 
 HERE = Path(__file__).parent
 
 
-def load(name: str) -> ModuleType:
-    """Test modules are not importable by name (``--import-mode=importlib``)."""
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases = load("mixing_cases")
 GRID = 1, 32  # the simulator's threads are Python's: few, and each takes many elements
 
 

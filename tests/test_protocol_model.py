@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+import model
 
-def load() -> ModuleType:
-    """Test modules are not importable by name (``--import-mode=importlib``)."""
-    path = Path(__file__).with_name("model.py")
-    spec = importlib.util.spec_from_file_location("protocol_model", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-model = load()
 Model, search, walk, REGROUP = model.Model, model.search, model.walk, model.REGROUP
 
 

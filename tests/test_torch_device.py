@@ -4,12 +4,9 @@ Its events complete late, and its copies and kernels when the clock moves: value
 here were waited for. What torch does on a real device is for the tests marked `gpu` (test_gpu.py).
 """
 
-import importlib.util
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,6 +14,8 @@ import pytest
 import torch
 from torch import nn
 
+import fake_device as fake
+import test_torch_hook as hook
 import ucxgossip as ug
 from ucxgossip import errors
 from ucxgossip.engine.staging import Staging
@@ -26,20 +25,6 @@ from ucxgossip.torch_hook import device as device_module
 
 attach_module = sys.modules["ucxgossip.torch_hook.attach"]  # `attach` itself hides it
 F = nn.functional
-
-
-def load(name: str) -> ModuleType:
-    """Test modules are not importable by name (``--import-mode=importlib``)."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-fake = load("fake_device")
-hook = load("test_torch_hook")
 
 
 @pytest.fixture
