@@ -114,8 +114,9 @@ def join(
     (UCXGOSSIP_MIN_SIZE by default, or all); the others come to it later.
 
     Raises `RankMissingError`, `MismatchError`, `SignatureError`, `PortInUseError`,
-    `LibraryNotFoundError`, `ArgumentError` (`TokenError`), or `ForkError` in a process forked after
-    its parent joined; nothing is left behind then.
+    `LibraryNotFoundError`, `ArgumentError` (`TokenError`), `RendezvousError` where ranks cannot
+    connect to each other, or `ForkError` in a process forked after its parent joined; nothing is
+    left behind then.
     """
     if not isinstance(transport, str) or transport not in TRANSPORTS:
         known = ", ".join(repr(name) for name in TRANSPORTS)
