@@ -35,7 +35,11 @@ PATIENCE = 30.0
 
 _RANK = struct.Struct("<I")
 _LEFT = "left"
-_ERRORS: dict[str, type[RendezvousError]] = {"mismatch": MismatchError, "token": SignatureError}
+_ERRORS: dict[str, type[RendezvousError]] = {
+    "mismatch": MismatchError,
+    "token": SignatureError,
+    "unreached": RendezvousError,
+}
 
 
 class Board:
@@ -163,7 +167,7 @@ class Board:
         """Tell the others that this rank leaves with an error; the first to say so is heard."""
         self._say_farewell(_LEFT, reason)
 
-    def declare(self, error: MismatchError | SignatureError) -> NoReturn:
+    def declare(self, error: RendezvousError) -> NoReturn:
         """Leave the job with an error that all ranks are to raise alike; the first one counts."""
         kind = next(name for name, each in _ERRORS.items() if isinstance(error, each))
         if not self._say_farewell(kind, str(error)):

@@ -82,10 +82,10 @@ def join(
     or a driver, not for each day (docs/performance.md has its cost). min_size: so many ranks, the
     lowest, begin the job (UCXGOSSIP_MIN_SIZE by default, or all); the others come to it later.
 
-    Raises `RendezvousError` (no store answers; `RankMissingError`, `MismatchError`,
-    `SignatureError`, `PortInUseError` are such), `LibraryNotFoundError`, `UCXError`,
-    `ArgumentError` (`TokenError`), or `ForkError` in a process forked after its parent joined;
-    nothing is left behind then.
+    Raises `RendezvousError` (no store answers, or ranks cannot connect to each other;
+    `RankMissingError`, `MismatchError`, `SignatureError`, `PortInUseError` are such),
+    `LibraryNotFoundError`, `UCXError`, `ArgumentError` (`TokenError`), or `ForkError` in a process
+    forked after its parent joined; nothing is left behind then.
     """
     if not isinstance(transport, str) or transport not in TRANSPORTS:
         known = ", ".join(repr(name) for name in TRANSPORTS)

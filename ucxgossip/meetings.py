@@ -7,6 +7,7 @@ in the life of the group is written into its history, for those who come later.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,8 @@ from ucxgossip.errors import (
     ExchangeError,
     GossipError,
     MismatchError,
+    RankMissingError,
+    RendezvousError,
 )
 from ucxgossip.guests import Guests
 from ucxgossip.history import SPARE, plain
@@ -25,6 +28,8 @@ from ucxgossip.members import Warden
 from ucxgossip.membership import Setup, log, nothing
 from ucxgossip.rendezvous import first_difference
 from ucxgossip.store import Place
+
+_SLICE = 1.0
 
 NOT_YET = b"null"
 """What a merge gives that is to be made again later; no history keeps it."""
@@ -86,13 +91,41 @@ class Meetings(Guests):
                 blobs = [meeting.collect("warden", rank) for rank in self.members]
                 meeting.publish("wardens", json.dumps([json.loads(b) for b in blobs]).encode())
             addresses = json.loads(meeting.collect("wardens", 0))
-            meeting.agree("wardens", {})
             warden.offer("worker 0", self.engine.worker.address, 0)
             warden.answer("history", self._tell_history)
-            warden.start({rank: (host, port) for rank, (host, port) in enumerate(addresses)})
-        except BaseException:
+            contacts = {rank: (host, port) for rank, (host, port) in enumerate(addresses)}
+            warden.start(contacts, trial=True)
+            self._prove(warden)
+            meeting.agree("wardens", {})
+            warden.trust()
+        except BaseException as error:
+            reason = f"{type(error).__name__}: {error}"
+            self._quietly(lambda: meeting.abort(reason))  # before others find the warden gone
             warden.close()
             raise
+
+    def _prove(self, warden: Warden) -> None:
+        """Return once those that this rank is to hear have reached its warden."""
+        start, waited = time.monotonic(), 0.0
+        while True:
+            try:
+                missing = warden.unproved(min(_SLICE, self.timeout - waited))
+            except RendezvousError as error:
+                self._meeting.declare(error)
+            if not missing:
+                return
+            self._meeting.raise_if_aborted()
+            self._check_usable()
+            waited = time.monotonic() - start
+            if waited >= self.timeout:
+                host, port = warden.address
+                raise RankMissingError(
+                    f"rank {self.rank} waited {waited:.1f} s for rank"
+                    f"{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} to connect "
+                    f"to it at {host}:{port}. Do the others know its host by that address "
+                    "(UCXGOSSIP_HOST sets it), and does a firewall admit them?",
+                    missing,
+                )
 
     # --- agreement --------------------------------------------------------------------------------
 

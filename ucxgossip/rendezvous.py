@@ -16,6 +16,7 @@ import json
 import time
 from collections.abc import Mapping
 from datetime import timedelta
+from typing import NoReturn
 
 from ucxgossip import forks
 from ucxgossip.board import Board, parsed
@@ -129,6 +130,11 @@ class Rendezvous:
         """Tell the others that this rank leaves with an error; the first to say so is heard."""
         if not self._closed:
             self.board.abort(reason)
+
+    def declare(self, error: RendezvousError) -> NoReturn:
+        """Leave the job with an error that all ranks are to raise alike; the first one counts."""
+        with self.board.at("telling the others of an error"):
+            self.board.declare(error)
 
     def raise_if_aborted(self) -> None:
         """Raise `PeerError` if another rank has left with an error.

@@ -97,6 +97,15 @@ class Outgoing:
         return self.open and not self._bytes and not self._waiting
 
     @property
+    def connected(self) -> bool:
+        """Whether the other host has taken the connection, be its process ready for it or not."""
+        try:
+            self.socket.getpeername()
+        except OSError:
+            return False
+        return True
+
+    @property
     def wants_write(self) -> bool:
         """Whether there is something that the socket did not take yet."""
         return bool(self._bytes) and not self.lost

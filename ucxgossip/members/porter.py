@@ -19,13 +19,14 @@ from ucxgossip.errors import ExchangeTimeoutError, RankMissingError
 from ucxgossip.members.agreement import Message, View
 from ucxgossip.members.door import NOW, OVER, SHUT, STEP, Door
 from ucxgossip.members.links import Outgoing
-from ucxgossip.members.watch import Setup, Watch
+from ucxgossip.members.trial import Trial
+from ucxgossip.members.watch import Setup
 
 _KNOCK_S = 0.5
 _SILENT_S = 10.0
 
 
-class Porter(Watch):
+class Porter(Trial):
     """A watch that guests may come to, or whose rank comes as one."""
 
     def __init__(self, setup: Setup) -> None:

@@ -2,7 +2,7 @@
 
 All that wardens do, they do in one thread, which sleeps until a socket is ready, a caller has a
 command for it, or a tick is over. Callers in other threads wait until it tells them that something
-has changed. `Watch`, `Porter` and `Warden` stand on this, each with messages of its own
+has changed. `Watch`, `Trial`, `Porter` and `Warden` stand on this, with messages of their own
 (`_handlers`); methods under "what layers above bring" are theirs to override or extend.
 
 Rejected: a thread for each connection (all that wardens know would need locks); asyncio (callers

@@ -1,9 +1,10 @@
 """What ranks ask of each other by name, and where all of them meet.
 
-A warden is four classes, each standing on the one before: `Switchboard` (the thread and its
-connections), `Watch` (who lives), `Porter` (who comes in) and `Warden` (what members tell each
-other). A meeting is the leader's to hold: all send it their blobs, it merges them and tells all
-what came of it. Whoever missed that because the leader died finds the result in the next view.
+A warden is five classes, each standing on the one before: `Switchboard` (the thread and its
+connections), `Watch` (who lives), `Trial` (who can be reached), `Porter` (who comes in) and
+`Warden` (what members tell each other). A meeting is the leader's to hold: all send it their
+blobs, it merges them and tells all what came of it. Whoever missed that because the leader died
+finds the result in the next view.
 
 Rejected: one class for all of it (a thousand lines); meetings as an object beside the watch (each
 change of views, each message and the end of the job would have to be told to it).

@@ -186,7 +186,7 @@ class Watch(Switchboard):
             self._changing = now
             self._agreement.retry()
             self._probe_leader()
-        patience = max(self.dead_after, min(_STRETCH * self._gap, _MOST_S))
+        patience = self._patience()
         for rank, heard in list(self._heard.items()):
             if now - heard > patience and rank not in self._agreement.suspects:
                 self._suspect(rank, proven=False)
@@ -207,6 +207,10 @@ class Watch(Switchboard):
         for link in self._every_link():
             if not link.open and not link.lost and now - link.since > patience:
                 self._lost(link)
+
+    def _patience(self) -> float:
+        """Seconds of silence after which a rank is taken for dead, as things are now."""
+        return max(self.dead_after, min(_STRETCH * self._gap, _MOST_S))
 
     def _neighbours(self, direction: int) -> list[int]:
         """The next (+1) or last (-1) WATCHERS members on the ring."""
