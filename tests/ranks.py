@@ -11,6 +11,7 @@ import numpy as np
 
 import ucxgossip as ug
 from ucxgossip import errors
+from ucxgossip.buffer import Buffer
 
 CANARY = 0x5C
 ROUNDS = 40
@@ -53,15 +54,13 @@ def idle(group: ug.Group) -> dict[str, object]:
     """Rank 0 stays away while the others put to it; its engine thread alone takes what comes."""
     box = group.mailbox(1 << 16)
     array = np.full(1 << 14, float(group.rank), np.float32)
+    buffer = Buffer.of(array)
+    here, there = (ug.Dissemination(2).round(group.rank, step) for step in (0, 2))
+    group.post(box, buffer, buffer, here, there)
     if group.rank:
-        group.exchange(array, mailbox=box, schedule=ug.Dissemination(2))
+        group.wait(box)
         group.agree("put", {})
     else:
-        here, there = ug.Dissemination(2).round(0, 0), ug.Dissemination(2).round(0, 2)
-        from ucxgossip.buffer import Buffer
-
-        buffer = Buffer.of(array)
-        group.post(box, buffer, buffer, here, there)
         group.agree("put", {})  # returns only when rank 1's round has ended
         deadline = time.monotonic() + 30.0
         while group.engine.active(box) and time.monotonic() < deadline:
