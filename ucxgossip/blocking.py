@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from ucxgossip.buffer import Buffer
 from ucxgossip.engine import itinerary
 from ucxgossip.engine.itinerary import Itinerary
-from ucxgossip.errors import ArgumentError, ArrayError, ScheduleError
+from ucxgossip.errors import ArgumentError, ArrayError, ClosedError, ScheduleError
 from ucxgossip.mailbox import Mailbox
 from ucxgossip.membership import Setup
 from ucxgossip.posting import OPERATIONS, Posting
@@ -74,9 +75,12 @@ class Blocking(Posting):
         self._exchanged.pop(mailbox.index, None)
 
     def free(self, buffer: Buffer) -> None:
-        """Deregister memory of `allocate` that no round uses any more; views of it stay valid."""
-        if buffer.region is not None and not self._closed:
-            with self.engine.locked():
+        """Deregister memory of `allocate` that no round uses any more; views of it stay valid.
+
+        Where engine or group are closed, it goes with the context.
+        """
+        if buffer.region is not None:
+            with suppress(ClosedError), self.engine.locked():
                 buffer.region.close()
 
     # --- rounds --------------------------------------------------------------------------------
