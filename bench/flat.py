@@ -21,10 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ucxgossip.bench.arguments import at_least_one, file_to_write, positive
+from ucxgossip.bench.arguments import at_least_one, positive
 from ucxgossip.bench.environment import environment
 from ucxgossip.bench.network import MOST_RANKS, Network, bits_per_second
 from ucxgossip.bench.network import check as check_network
+from ucxgossip.bench.plot import check as check_plot
 from ucxgossip.bench.spawn import run_ranks
 from ucxgossip.bench.table import Column, Table
 from ucxgossip.errors import ArgumentError, BenchError
@@ -66,7 +67,7 @@ def run(
     _check(ranks, sizes, repeats, seconds)
     bits = bits_per_second(rate)
     if plot is not None:
-        check_plot(plot)
+        check_plot("bench flat", plot)
     check_network()
     library = lib.load()
     facts = environment(".".join(map(str, library.version)), library.path)
@@ -130,17 +131,6 @@ def make_row(found: Row, rate: str, before: Sequence[Row]) -> Row:
     }
     wire_us = 8e6 * found["bytes"] / bits_per_second(rate)
     return {"bench": "flat", "rate": rate, "wire_us": wire_us, **found, **growth}
-
-
-def check_plot(path: str) -> None:
-    """`BenchError` without matplotlib, `ArgumentError` for a path that cannot be written."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise BenchError(
-            "bench flat --plot: matplotlib is not installed; run pip install matplotlib"
-        ) from None
-    file_to_write(path)
 
 
 def draw(rows: Sequence[Row], path: str) -> None:

@@ -29,6 +29,7 @@ import torch.distributed as dist
 import fake_driver
 import ucxgossip as ug
 from fake_device import FakeDevice
+from torch_jobs import Fails
 from ucxgossip import errors, kernels
 from ucxgossip.buffer import Buffer
 from ucxgossip.channel import Channel
@@ -217,18 +218,6 @@ class Sparse(torch.nn.Module):
 
     def forward(self, index: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.embedding(index, self.weight, sparse=True)
-
-
-class Fails(torch.autograd.Function):
-    """A layer whose backward raises."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        raise ZeroDivisionError("on purpose")
 
 
 def suppressed(use: Any) -> None:

@@ -81,6 +81,8 @@ def test_mailboxes_are_taken_by_layout(job: Job) -> None:
             group.give_back(box)
         with pytest.raises(errors.ArgumentError, match="not one of this group"):
             group.give_back(boxes[0])
+        with pytest.raises(errors.ArgumentError, match="was given back"):
+            group.exchange(np.zeros(16, np.float32), mailbox=boxes[0])
         found = [group.mailbox(nbytes, ring=True) for nbytes in (64, 4096, 64, 64)]
         assert [box.index for box in found] == [0, 1, 2, 3]
         assert found[:3] == boxes

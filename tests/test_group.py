@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -420,6 +420,7 @@ def test_bad_tuning(constants: dict[str, Any]) -> None:
 @pytest.mark.parametrize("transport", CONSTANTS)
 def test_tuning_leaves_the_rest_as_usual(transport: str, store: Any) -> None:
     usual = CONSTANTS[transport]
+    assert asdict(ug.Tuning()).keys() == asdict(usual).keys()
     assert ug.Tuning(endpoints=64).over(transport) == replace(usual, endpoints=64)
     assert ug.Tuning(chunk=4096).over(transport) == replace(usual, chunk=4096, eager=4096)
     assert ug.Tuning(eager=0, window=2).over(transport) == replace(usual, eager=0, window=2)

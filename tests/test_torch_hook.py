@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 import ucxgossip as ug
+from torch_jobs import F, Fails, batch, flat, make_optimizer, small_model
 from ucxgossip import errors
 from ucxgossip.schedule import Dissemination, Rotated
 
 Ranks = Callable[..., list[Any]]
 TIMEOUT = 30.0
-F = nn.functional
 
 
 def check(results: list[Any]) -> list[Any]:
@@ -23,30 +23,6 @@ def check(results: list[Any]) -> list[Any]:
         if isinstance(result, BaseException):
             raise result
     return results
-
-
-def small_model(seed: int = 0) -> nn.Sequential:
-    generator = torch.Generator().manual_seed(seed)
-    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
-    for parameter in model.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    return model
-
-
-def batch(rank: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1000 * rank + step)
-    x = torch.randn(4, 5, generator=generator, dtype=torch.float64)
-    return x, torch.randint(3, (4,), generator=generator)
-
-
-def flat(model: nn.Module) -> np.ndarray:
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).numpy().copy()
-
-
-def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
-    if name == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    return torch.optim.AdamW(model.parameters(), lr=0.01)
 
 
 def reference(size: int, steps: int, optimizer: str, mix: str, combine: str) -> list[np.ndarray]:
@@ -592,15 +568,6 @@ def test_parameter_moved_out_of_its_bucket(store: Any, how: str) -> None:
 
 
 def test_exception_in_backward_is_told_at_the_next(store: Any) -> None:
-    class Fails(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-            raise ZeroDivisionError("on purpose")
-
     model = small_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with ug.join(0, 1, store) as group:

@@ -9,7 +9,17 @@ import torch
 from torch import nn
 
 import ucxgossip as ug
-from torch_jobs import F, Job, Reference, batch, flat, make_optimizer, small_model, train_step
+from torch_jobs import (
+    F,
+    Fails,
+    Job,
+    Reference,
+    batch,
+    flat,
+    make_optimizer,
+    small_model,
+    train_step,
+)
 from ucxgossip.schedule import Dissemination, Rotated
 
 
@@ -421,15 +431,6 @@ def test_detach_and_attach_again_leaves_no_hook(job: Job) -> None:
 
 def test_local_backward_that_broke_is_forgotten(store: Any) -> None:
     """In a step without a round an exception in backward leaves nobody out of step."""
-
-    class Fails(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-            raise ZeroDivisionError("on purpose")
 
     model = nn.ModuleDict({"used": small_model(), "idle": nn.Linear(2, 2).double()})
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)

@@ -49,6 +49,18 @@ def train_step(
     return loss.detach()
 
 
+class Fails(torch.autograd.Function):
+    """A layer whose backward raises."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError("on purpose")
+
+
 class Reference:
     """All ranks in turn in plain torch: what `attach` should do, written down once more."""
 

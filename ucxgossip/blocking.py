@@ -96,12 +96,13 @@ class Blocking(Posting):
         """One blocking round: put `array` to this step's partner, take another's. Collective.
 
         array: 1-D, contiguous, writeable; float32 or float64 where mix=True, and of the same size
-        and dtype in each call on a mailbox (`ArrayError`) and on all ranks (`MismatchError`). Or a
-        list or tuple of such arrays, all of one dtype: they travel in one round, as if they stood
-        one behind the other. With mix=True the array becomes the mean of itself and what came in,
-        and is returned; with mix=False it stays, and what came in is returned as a new array, or a
-        list of them. schedule: `Rotated(Dissemination(size))` by default; the same in each call.
-        mailbox: one of `mailbox(nbytes, ring=True)`, to exchange payloads of several sizes.
+        and dtype in each call on a mailbox (`ArrayError`), and on all ranks in the first one
+        (`MismatchError`). Or a list or tuple of such arrays, all of one dtype: they travel in one
+        round, as if they stood one behind the other. With mix=True the array becomes the mean of
+        itself and what came in, and is returned; with mix=False it stays, and what came in is
+        returned as a new array, or a list of them. schedule: `Rotated(Dissemination(size))` by
+        default; the same in each call. mailbox: one of `mailbox(nbytes, ring=True)`, to exchange
+        payloads of several sizes.
         nonfinite: what mixing does with a chunk in which this rank or the other has a NaN or an
         infinity: ``"skip"`` leaves this rank's values as they are, counts (`nonfinite`) and warns;
         ``"raise"`` does so and raises `NonFiniteError` after the round; ``"allow"`` mixes.
@@ -142,6 +143,8 @@ class Blocking(Posting):
         mine = isinstance(box, Mailbox)
         if not mine or self.engine.mailboxes[box.index : box.index + 1] != [box]:
             raise ArgumentError("exchange: the mailbox is not one of this group")
+        if box.index in self._spare:
+            raise ArgumentError("exchange: the mailbox was given back; make one anew")
         if box.layout.nbytes != buffer.nbytes:
             raise ArrayError(
                 f"exchange: the array has {buffer.nbytes} bytes, its mailbox {box.layout.nbytes}; "

@@ -6,7 +6,7 @@ chunks, windows and rings of no transport in particular with it).
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 
 from ucxgossip.engine import Constants
 from ucxgossip.ucp import lib
@@ -64,6 +64,3 @@ class Tuning:
         if self.eager is None and isinstance(self.chunk, int):
             named["eager"] = min(others.eager, max(0, self.chunk))
         return replace(others, **named)
-
-
-assert [each.name for each in fields(Tuning)] == [each.name for each in fields(Constants)]
