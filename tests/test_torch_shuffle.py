@@ -544,6 +544,35 @@ def test_an_exception_of_the_loader(job: Job) -> None:
     assert isinstance(other, errors.PeerError) and "no such sample" in str(other)
 
 
+def test_a_rank_that_fails_while_the_last_batch_is_loaded(job: Job) -> None:
+    """The epoch does not end short of that batch, as if nothing had happened."""
+
+    class Waiting(Sized):
+        """Gives its last batch when the group has failed."""
+
+        def __init__(self, group: ug.Group, batches: list[Any]) -> None:
+            super().__init__(batches, len(batches))
+            self.group = group
+
+        def __iter__(self) -> Iterator[Any]:
+            yield from self.batches
+            failure = self.group._steady_again
+            with failure:
+                assert failure.wait_for(lambda: self.group.failed, TIMEOUT)
+
+    def body(group: ug.Group) -> None:
+        batches = shard(group.rank, full(2))
+        if group.rank:
+            watch(*watched(group, Waiting(group, batches)))
+        else:
+            for _ in watched(group, batches)[0]:
+                raise LookupError("no such sample")
+
+    broken, other = job(2, body, raw=True)
+    assert isinstance(broken, LookupError)
+    assert isinstance(other, errors.PeerError) and "no such sample" in str(other)
+
+
 def test_a_rank_that_goes_on_alone_is_told(job: Job) -> None:
     def body(group: ug.Group) -> None:
         shuffled, events = watched(group, shard(group.rank, full(6)))

@@ -112,19 +112,20 @@ class Ring:
     def take(self, own: Any) -> Any:
         """Wait for what comes: a batch or NOTHING; `own` where the ring is turned to itself.
 
-        NOTHING also where a rank was lost while its batch was under way.
+        NOTHING also where a rank was lost while its batch was under way. Raises what `Group.wait`
+        does, also where the group failed while the loader was asked: an epoch never ends short.
         """
-        whole = self.drop()
+        self.under_way = False
+        whole = self.group.wait(self.mailbox)
         if self.stays:
             return own
         return self.came.read() if whole else NOTHING
 
-    def drop(self) -> bool:
-        """Wait for the round under way, if there is one that still moves; whether it came whole."""
-        if not self.under_way or self.group.failed:
-            return False
-        self.under_way = False
-        return self.group.wait(self.mailbox)
+    def drop(self) -> None:
+        """Wait for the round under way, if there is one that still moves."""
+        if self.under_way and not self.group.failed:
+            self.under_way = False
+            self.group.wait(self.mailbox)
 
 
 class Source:
