@@ -13,7 +13,7 @@ import ucxgossip as ug
 from ucxgossip.errors import PeerError, RankMissingError, RendezvousError
 from ucxgossip.members import Facts, View, Warden, trial
 from ucxgossip.rendezvous import Rendezvous
-from ucxgossip.store import Store
+from ucxgossip.store import Place, Store
 from ucxgossip.trust import Seal
 
 DEADLINE_S = 20.0
@@ -63,6 +63,25 @@ def tell(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Any], None]:
         monkeypatch.setattr(Rendezvous, "publish", published)
 
     return tell
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "nowhere.invalid", "::ffff:192.0.2.1"])
+def test_host_that_is_another(
+    job: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    monkeypatch.setenv("UCXGOSSIP_HOST", host)
+    ends = job(2, lambda group: group.members, timeout=2 * DEADLINE_S, raw=True)
+    assert RendezvousError in map(type, ends)
+    for end in ends:
+        assert isinstance(end, RendezvousError | PeerError)
+        assert f"cannot listen at {host}," in str(end) and "Set UCXGOSSIP_HOST" in str(end)
+
+
+def test_master_address_that_nothing_leads_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("UCXGOSSIP_HOST", raising=False)
+    place = Place(0, 2, "nowhere.invalid", 29500, 1)
+    with pytest.raises(RendezvousError, match="reaches nowhere.invalid: .*set UCXGOSSIP_HOST"):
+        place.own_host()
 
 
 @pytest.mark.parametrize(("size", "rank"), [(2, 0), (2, 1), (3, 1), (6, 3)])

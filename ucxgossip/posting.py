@@ -27,7 +27,7 @@ from ucxgossip.ucp import ops
 from ucxgossip.ucp.lib import status_name
 
 _SLICE = 1.0
-_FORESEEN = 256
+_FORESEEN = 512
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 OPERATIONS: dict[str, dict[np.dtype[Any], int]] = {
@@ -177,9 +177,8 @@ class Posting(Partners):
             first, ahead = mailbox.round, mailbox.layout.ahead
             steps = offset + stride * np.arange(first, first + _FORESEEN + ahead)
             found = many(self.living(schedule), np.full(len(steps), self.rank), steps)
-            known = np.array([-1, *mailbox.keys])
-            new = ~(np.isin(found[0], known) & np.isin(found[1], known))
-            count = int(new.argmax()) if new.any() else len(steps)
+            known = np.isin(np.stack(found[:2]), [-1, *mailbox.keys]).all(axis=0)
+            count = len(steps) if known.all() else int(known.argmin())
             if count < len(steps):
                 mailbox.look_again = first + _FORESEEN // 16
             if count <= ahead:

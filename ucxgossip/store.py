@@ -102,10 +102,16 @@ class Place:
 
 def _source_address(towards: str) -> str:
     """The address that this host would send from; connecting a datagram socket sends nothing."""
-    family, _, _, _, target = socket.getaddrinfo(towards, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(target)
-        return str(probe.getsockname()[0])
+    try:
+        family, _, _, _, target = socket.getaddrinfo(towards, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(target)
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise RendezvousError(
+            f"this host does not know from which address it reaches {towards}: {error.strerror}. "
+            "Correct MASTER_ADDR, or set UCXGOSSIP_HOST to the address at which the others reach it"
+        ) from error
 
 
 def _whole(name: str, default: int) -> int:

@@ -21,7 +21,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
-from ucxgossip.errors import SignatureError
+from ucxgossip.errors import RendezvousError, SignatureError
 from ucxgossip.trust import Seal
 
 NONCE_BYTES = 16
@@ -33,11 +33,18 @@ Address = tuple[str, int]
 
 
 def listen(host: str) -> socket.socket:
-    """A listening socket on `host`, any port."""
+    """A listening socket on `host`, any port; `RendezvousError` if that is not this host."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.bind((host, 0))
-    listener.listen(1024)
+    try:
+        listener.bind((host, 0))
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise RendezvousError(
+            f"cannot listen at {host}, where the other ranks were to reach this one: "
+            f"{error.strerror}. Set UCXGOSSIP_HOST to an address of this host that they know"
+        ) from error
     listener.setblocking(False)
     return listener
 
