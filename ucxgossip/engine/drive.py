@@ -30,6 +30,7 @@ from ucxgossip.engine.rounds import advance, may_put
 from ucxgossip.ucp import ops
 
 _PARK_MS = 1
+_SHORT, _LONG = 1, 2
 _NAP_NS = 50_000
 _SLEEP_MS = 1000
 _LEAST = 10
@@ -57,12 +58,13 @@ def release(engine: Any) -> None:
     """Give the lock back; the engine thread goes on at once if a round is under way.
 
     It is woken from a sleep in any case: what it armed for may have been consumed by this caller.
+    And from a long park, of which it does not wake by itself.
     """
     wake = pending(engine, -1) or jit.load_acquire(engine, w.ASLEEP) != 0
     jit.fetch_add(engine, w.DRIVES, 1)
     jit.store_release(engine, w.LOCK, 0)
     jit.fetch_add(engine, w.DRIVERS, -1)
-    if wake:
+    if wake or jit.load_acquire(engine, w.PARKED) == _LONG:
         jit.kick(engine[w.ENGINE_FD])
 
 
@@ -251,6 +253,27 @@ def _serve(engine: Any) -> None:
 
 
 @jit.njit
+def _park(engine: Any, drives: int) -> bool:
+    """Step back for a while; whether the engine thread is called for before it is over.
+
+    drives: how many callers had ended at the last look. While one and the same drives, there is
+    nothing to look for until it has ended, and `release` kicks.
+    """
+    long = jit.load_acquire(engine, w.DRIVES) == drives and jit.load_acquire(engine, w.DRIVERS) > 0
+    jit.store_release(engine, w.PARKED, _LONG if long else _SHORT)
+    jit.full_fence()  # whoever ends a drive reads PARKED after that
+    timeout_ms = _PARK_MS
+    if long and jit.load_acquire(engine, w.DRIVERS) > 0:
+        timeout_ms = _SLEEP_MS
+    kicked = jit.wait_readable(-1, engine[w.ENGINE_FD], timeout_ms) & 2
+    jit.store_release(engine, w.PARKED, 0)
+    if not kicked:
+        return False
+    jit.drain(engine[w.ENGINE_FD])
+    return jit.load_acquire(engine, w.DRIVERS) == 0 and (not long or pending(engine, -1))
+
+
+@jit.njit
 def run(engine: Any) -> None:
     """The engine thread: serve, and step back while callers drive.
 
@@ -264,11 +287,6 @@ def run(engine: Any) -> None:
         while jit.load_acquire(engine, w.STOP) == 0 and (
             jit.load_acquire(engine, w.DRIVERS) > 0 or jit.load_acquire(engine, w.DRIVES) != drives
         ):
-            drives = jit.load_acquire(engine, w.DRIVES)
-            jit.store_release(engine, w.PARKED, 1)
-            kicked = jit.wait_readable(-1, engine[w.ENGINE_FD], _PARK_MS) & 2
-            jit.store_release(engine, w.PARKED, 0)
-            if kicked:
-                jit.drain(engine[w.ENGINE_FD])
-                if jit.load_acquire(engine, w.DRIVERS) == 0:
-                    break
+            before, drives = drives, jit.load_acquire(engine, w.DRIVES)
+            if _park(engine, before):
+                break
