@@ -51,7 +51,7 @@ COLUMNS = (
 STOP = "ucxgossip/bench/stop"
 MOST_STEPS = 1_000_000
 DEADLINE_S = 900.0
-_BEYOND = 100
+_BEYOND = 500
 """Steps from the last one heard of to the one at which all stop."""
 
 

@@ -364,8 +364,8 @@ CASES: tuple[Case, ...] = (
     ),
     Case(
         "exchange",
-        "ranks(2, 'g = ug.join(rank, 2, store, timeout=30); g.timeout = 0.3; a = np.zeros(4); "
-        "g.exchange(a); rank or g.exchange(a); g.close()')",
+        "ranks(2, 'g = ug.join(rank, 2, store, timeout=30); a = np.zeros(4); g.exchange(a); "
+        "g.timeout = 0.3; rank or g.exchange(a); g.close()')",
         "ExchangeTimeoutError",
         breaks=True,
     ),

@@ -11,11 +11,15 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 import ucxgossip as ug
 from ucxgossip import trust
 
 DEADLINE = 60.0
+
+settings.register_profile("house", deadline=None)  # a time slice that is stolen is no slow test
+settings.load_profile("house")
 
 # Before any test and for every process that one starts: the tests leave this user's home alone.
 os.environ[trust.TOKEN] = trust.new_token()
@@ -111,7 +115,7 @@ def job(as_ranks: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
             with ug.join(number, size, store, transport, timeout, **chosen) as group:
                 return body(group)
 
-        ends = as_ranks(size, rank)
+        ends = as_ranks(size, rank, max(DEADLINE, timeout))
         failures = [end for end in ends if isinstance(end, BaseException)]
         if failures and not raw:
             raise next((f for f in failures if not isinstance(f, ug.errors.PeerError)), failures[0])

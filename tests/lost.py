@@ -1,11 +1,12 @@
 """One rank of test_lost_ranks.py: ``python lost.py TRANSPORT LOSSES``.
 
-Exchanges until LOSSES ranks are lost and a while longer. Prints `going`, `lost [RANKS]` as it
-happens, and at the end JSON: what is left, and the error if there was one.
+Exchanges until LOSSES ranks are lost and GOSSIP_TEST_AFTER rounds more. Prints `going`, `lost
+[RANKS]` as it happens, and at the end JSON: what is left, and the error if there was one.
 """
 
 import json
 import logging
+import os
 import sys
 import time
 
@@ -15,7 +16,7 @@ import ucxgossip as ug
 from ucxgossip import errors
 from ucxgossip.mixing import Collective
 
-AFTER = 40
+AFTER = int(os.environ.get("GOSSIP_TEST_AFTER", "40"))
 DEADLINE_S = 60.0
 
 
@@ -25,11 +26,13 @@ def main() -> None:
     end: dict[str, object] = {}
     # The large array goes through a ring of three chunks, of nine.
     tuning = ug.Tuning(chunk=1 << 17, ring=3)
-    with ug.join(transport=transport, timeout=DEADLINE_S, dead_after=2.0, tuning=tuning) as group:
-        try:
+    try:
+        with ug.join(
+            transport=transport, timeout=DEADLINE_S, dead_after=2.0, tuning=tuning
+        ) as group:
             rounds(group, losses, end)
-        except errors.ExpelledError as error:
-            end["error"] = f"{type(error).__name__}: {error}"
+    except errors.ExpelledError as error:
+        end["error"] = f"{type(error).__name__}: {error}"
     print(json.dumps(end), flush=True)
 
 

@@ -257,6 +257,8 @@ PROLOGUE = """
 import sys, torch, ucxgossip as ug
 from torch import nn
 rank, size, what = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+print("here", flush=True)
+sys.stdin.readline()
 
 def main():
     with ug.join(rank, size, transport="shm", timeout=60) as group:
@@ -308,6 +310,12 @@ def test_processes_end_with_one_message(what: str, odd: int) -> None:
         other = what == "token" and rank == odd
         variables.append({trust.TOKEN: "another token altogether" if other else "x" * 32})
     with processes(commands, variables) as started:
+        for process in started:  # who is seconds late finds the store gone
+            assert process.stdout is not None and process.stdout.readline() == "here\n"
+        for process in started:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
         said = [process.communicate(timeout=120)[0].strip() for process in started]
     rest = {each for rank, each in enumerate(said) if rank != odd}
     assert len(rest) == 1, said

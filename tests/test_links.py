@@ -84,6 +84,24 @@ def test_an_end_is_no_refusal_and_goodbye_is_heard(pair: tuple[Outgoing, Incomin
     assert not outgoing.refused
 
 
+def test_goodbye_is_heard_before_the_reset_behind_it(pair: tuple[Outgoing, Incoming]) -> None:
+    outgoing, incoming = pair
+    until(lambda: outgoing.open, outgoing.step)
+    outgoing.socket.send(b"a pulse that nobody reads")  # so that close() resets the connection
+    incoming.goodbye()
+    incoming.close()
+    until(lambda: outgoing.lost, outgoing.step)
+    assert outgoing.goodbye and not outgoing.refused
+
+
+def test_goodbye_is_heard_that_comes_with_the_nonce(pair: tuple[Outgoing, Incoming]) -> None:
+    outgoing, incoming = pair
+    incoming.goodbye()
+    incoming.close()
+    until(lambda: outgoing.lost, outgoing.step)
+    assert outgoing.open and outgoing.goodbye
+
+
 def test_pulses(listener: socket.socket) -> None:
     outgoing = Outgoing(SEAL, 0, 1, listener.getsockname(), pulse=True)
     incoming = accept(listener)

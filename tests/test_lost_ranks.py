@@ -106,8 +106,11 @@ def test_one_rank_is_left(transport: str) -> None:
 
 
 @pytest.mark.parametrize("transport", ["tcp", "shm"])
-def test_a_rank_that_was_stopped_is_left_out_and_told_so(transport: str) -> None:
-    """It wakes with rounds under way, into slots that are others' by now."""
+def test_a_rank_that_was_stopped_is_left_out_and_told_so(
+    transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It wakes with rounds under way, into slots that are others' by now, and ends; they do not."""
+    monkeypatch.setenv("GOSSIP_TEST_AFTER", "1000")  # so that they are there when it wakes
     with started(4, transport, 1) as job:
         job.signal(1, signal.SIGSTOP)
         job.until_all([0, 2, 3], "lost [1]")
@@ -149,7 +152,7 @@ def test_training_goes_on(transport: str, mix: str) -> None:
     assert job.survived, "\n".join(job.failures)
     assert len(job.killed) == 2
     (members,) = {tuple(end["members"]) for end in job.ends.values()}
-    assert set(members) == set(job.ends)
+    assert set(members) - set(job.killed) <= set(job.ends)  # one may be killed as it ends
 
 
 def test_what_the_bench_judges() -> None:

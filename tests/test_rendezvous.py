@@ -446,6 +446,30 @@ def test_nobody_listens(free_port: int) -> None:
         open_store(place(1, 2, free_port), timeout=1.0)
 
 
+def test_a_store_that_comes_later_is_waited_for(
+    free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By ourselves: torch's client would sleep for half a second at least."""
+    refused, connect = threading.Event(), socket.create_connection
+
+    def counted(*arguments: Any) -> socket.socket:
+        try:
+            return connect(*arguments)
+        except ConnectionRefusedError:
+            refused.set()
+            raise
+
+    monkeypatch.setattr(socket, "create_connection", counted)
+    found: list[Any] = []
+    client = threading.Thread(target=lambda: found.append(open_store(place(1, 2, free_port), LONG)))
+    client.start()
+    assert refused.wait(LONG)
+    server = open_store(place(0, 2, free_port), LONG)
+    server.set("a", b"1")
+    client.join(LONG)
+    assert found[0].get("a") == b"1"
+
+
 def test_agents_store_is_not_opened_again(monkeypatch: pytest.MonkeyPatch, free_port: int) -> None:
     """Under torchrun rank 0 is a client as well; here no agent is there to be found."""
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")

@@ -371,6 +371,7 @@ def test_killed_in_a_wait_leaves_no_segment(
         assert [job.line(rank) for rank in range(2)] == ["waiting", "elsewhere"]
         job.processes[0].send_signal(number)
         assert job.processes[0].wait(DEADLINE_S) == -number
+        assert job.end(1)[0] == 0  # not ended from outside while it makes segments for itself
     assert list(tmp_path.iterdir()) == []
 
 

@@ -22,6 +22,8 @@ from ucxgossip.torch_hook.shuffle import WINDOW, Ring, Shuffled
 Ranks = Callable[..., list[Any]]
 Job = Callable[..., list[Any]]
 TIMEOUT = 30.0
+LONG = 120.0
+"""For processes that start and import torch."""
 ROWS = 3
 IDLE = "idle"
 
@@ -779,12 +781,12 @@ def test_a_data_loader_with_a_worker_process(job: Job) -> None:
             batch_size=3,
             num_workers=1 if group.rank == 0 else 0,
             multiprocessing_context="spawn" if group.rank == 0 else None,
-            timeout=30 if group.rank == 0 else 0,
+            timeout=LONG if group.rank == 0 else 0,
         )
         shuffled, events = watched(group, loader)
         return watch(shuffled, events)
 
-    seen = job(2, body)
+    seen = job(2, body, timeout=LONG)
     assert [len(batch) for batch in seen[0] if batch != IDLE] == [3, 1, 1]
     assert_nothing_lost(seen, [[each] for each in data])
 

@@ -132,7 +132,8 @@ def test_who_fails_says_why_before_it_cannot_be_reached(
 class Job:
     """Wardens, and the views that they took up."""
 
-    def __init__(self, size: int, seals: tuple[Seal, ...] = ()) -> None:
+    def __init__(self, size: int, seals: tuple[Seal, ...], dead_after: float) -> None:
+        self.dead_after = dead_after
         self.views: list[list[View]] = [[] for _ in range(size)]
         seals = seals or (SEAL,) * size
         self.wardens = [self._make(rank, seals[rank]) for rank in range(size)]
@@ -142,7 +143,14 @@ class Job:
         views = self.views[rank]
         ignored: Callable[..., None] = lambda *_: None  # noqa: E731
         return Warden(
-            rank, "127.0.0.1", seal, 0.2, lambda _: Facts(), views.append, ignored, ignored
+            rank,
+            "127.0.0.1",
+            seal,
+            self.dead_after,
+            lambda _: Facts(),
+            views.append,
+            ignored,
+            ignored,
         )
 
     def until(self, condition: Callable[[], bool]) -> None:
@@ -154,8 +162,8 @@ class Job:
 
 
 @contextmanager
-def wardens(size: int, *seals: Seal) -> Iterator[Job]:
-    made = Job(size, seals)
+def wardens(size: int, *seals: Seal, dead_after: float = DEADLINE_S) -> Iterator[Job]:
+    made = Job(size, seals, dead_after)
     try:
         yield made
     finally:
@@ -176,7 +184,7 @@ def test_all_are_reached() -> None:
 def test_a_slow_rank_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Longer than those may be silent who are not on trial."""
     monkeypatch.setattr(trial, "CONNECT_S", 0.05)
-    with wardens(2) as job:
+    with wardens(2, dead_after=0.2) as job:
         here, slow = job.wardens
         here.start(job.addresses, trial=True)
         assert here.unproved(1.0) == (1,)

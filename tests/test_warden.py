@@ -182,6 +182,7 @@ def test_a_rank_that_is_gone_is_left_out() -> None:
         job.kill(0)
         ends = together(job, lambda w: w.meet(0, "y", b"", joined, DEADLINE_S), [1, 2, 3])
         assert ends == [None] * 3
+        job.until(lambda: all(job.views[rank] for rank in (1, 2, 3)))
         for rank in (1, 2, 3):
             (view,) = job.views[rank]
             assert view.members == (1, 2, 3) and view.epoch == 1
@@ -192,6 +193,20 @@ def test_a_rank_that_is_gone_is_left_out() -> None:
         )
         assert ends == [b"1|2|3"] * 3
         assert job.wardens[1].fetch(0, "x", DEADLINE_S) is None
+
+
+def test_an_abort_of_who_was_left_out_is_not_heard() -> None:
+    with ranks(3) as job:
+        left_out, others = job.wardens[1], [job.wardens[0], job.wardens[2]]
+        others[0]._do(lambda: others[0]._agreement.suspect(1, True))
+        job.until(lambda: bool(job.views[0]) and bool(job.views[2]))
+        for warden in others:
+            warden._on_abort(1, {"reason": "ExpelledError"})
+            assert not warden.over
+            warden._on_abort(2 - warden.rank, {"reason": "on purpose"})
+            assert warden.over
+        left_out.leave()
+        assert [job.told[rank] for rank in (0, 2)] == [["2: on purpose"], ["0: on purpose"]]
 
 
 def test_what_was_offered_for_an_epoch_goes_with_it() -> None:
@@ -405,7 +420,7 @@ def later(job: Ranks, rank: int, address: Sequence[Any]) -> None:
 
 
 def test_a_connection_to_a_stranger_that_never_comes_about_is_not_kept() -> None:
-    with ranks(2, dead_after=0.3) as job, mute() as address:
+    with ranks(2, dead_after=1.0) as job, mute() as address:
         strangers = job.wardens[0]._strangers
         for where in (NOWHERE, address):
             through = threading.Event()

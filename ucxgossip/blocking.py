@@ -40,13 +40,17 @@ def _identity(payload: object) -> object:
 
 
 class Blocking(Posting):
-    """Partners who exchange arrays and wait for it."""
+    """Partners who exchange arrays and wait for it.
+
+    broken: rounds of `exchange` that a change of members broke off or left out.
+    """
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self._quarantine = Quarantine()
         self._exchange_box: Mailbox | None = None
         self._exchanged: dict[int, np.dtype[Any]] = {}
+        self.broken = 0
         self._last_buffer: tuple[object, Buffer] | None = None
         self._default_schedule = Rotated(Dissemination(self.size), seed=0)
         self._checked_schedule: Schedule = self._default_schedule
@@ -100,9 +104,10 @@ class Blocking(Posting):
         (`MismatchError`). Or a list or tuple of such arrays, all of one dtype: they travel in one
         round, as if they stood one behind the other. With mix=True the array becomes the mean of
         itself and what came in, and is returned; with mix=False it stays, and what came in is
-        returned as a new array, or a list of them. schedule: `Rotated(Dissemination(size))` by
-        default; the same in each call. mailbox: one of `mailbox(nbytes, ring=True)`, to exchange
-        payloads of several sizes.
+        returned as a new array, or a list of them. Where a change of members broke the round off,
+        the array stays, or a copy of it is returned; `broken` counts that.
+        schedule: `Rotated(Dissemination(size))` by default; the same in each call. mailbox: one of
+        `mailbox(nbytes, ring=True)`, to exchange payloads of several sizes.
         nonfinite: what mixing does with a chunk in which this rank or the other has a NaN or an
         infinity: ``"skip"`` leaves this rank's values as they are, counts (`nonfinite`) and warns;
         ``"raise"`` does so and raises `NonFiniteError` after the round; ``"allow"`` mixes.
@@ -166,6 +171,7 @@ class Blocking(Posting):
                 asked = (_identity(array), id(schedule), nonfinite, id(self))
                 self._look_ahead(box, buffer, buffer, chosen, asked, whole=looks)
         whole = self.wait(box)
+        self.broken += not whole
         if whole and looks:
             found = self.left_out(box)
             self._quarantine.left_out(self.rank, found, "array", number, nonfinite)

@@ -52,7 +52,7 @@ class Board:
     def __init__(self, store: Store, rank: int, size: int, timeout: float, seal: Seal) -> None:
         self.rank, self.size, self.timeout, self.seal = rank, size, timeout, seal
         alone = isinstance(store, Solitary)
-        self.store: Store = store if alone else Bounded(store, min(timeout, PATIENCE))
+        self.store: Store = store if alone else Bounded(store, min(max(timeout, 1.0), PATIENCE))
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         with self.at("joining"):
             joins = self.store.add(f"ucxgossip/{restart}/joins/{rank}", 1)

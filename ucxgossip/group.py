@@ -293,3 +293,4 @@ class Group(Blocking):
         if error is not None:
             self.abort(f"{type(error).__name__}: {error}")
         self.close()
+        self.tell_failure()

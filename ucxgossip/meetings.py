@@ -336,7 +336,8 @@ class Meetings(Guests):
         Collective in effect: between this and the last round all ranks have met (`agree`).
         """
         with self.steady():
-            # Beyond the rounds whose credits are given out.
-            mailbox.round = max(mailbox.round, mailbox.base) + mailbox.layout.reach
-            mailbox.base = mailbox.round
+            # Beyond the rounds whose credits are given out. Whoever loses a member here begins as
+            # late as those who were through: their round is the base of the new members then.
+            mailbox.round += mailbox.layout.reach
+            mailbox.base = max(mailbox.base, mailbox.round)
             mailbox.ahead.clear()

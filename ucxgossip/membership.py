@@ -290,14 +290,16 @@ class Membership:
 
     def living(self, schedule: Schedule) -> Living:
         """`schedule` over the members."""
-        known = self._livings.get(id(schedule))
-        if known is None:
-            known = self._livings[id(schedule)] = (schedule, Living(schedule, self.members))
-        return known[1]
+        with self._lock:  # members change in the warden's thread
+            known = self._livings.get(id(schedule))
+            if known is None:
+                known = self._livings[id(schedule)] = (schedule, Living(schedule, self.members))
+            return known[1]
 
     def count_taken(self, mailbox: Mailbox, taken: Callable[[], int]) -> None:
         """`taken` says how many messages of this channel were read (see `left_behind`)."""
-        self._taken[mailbox.index] = taken
+        with self._lock:
+            self._taken[mailbox.index] = taken
 
     def left_behind(self, mailbox: Mailbox, rank: int) -> int | None:
         """How many messages of `mailbox` member `rank` had read when the members last changed."""
@@ -377,6 +379,18 @@ class Membership:
     def failed(self) -> bool:
         """Whether a round or another rank failed; no round moves after that."""
         return self._failure is not None
+
+    def tell_failure(self) -> None:
+        """Raise what ended the job, if no call has raised it yet."""
+        with self._lock:
+            if self._failure is None or self._failure_told:
+                return
+            self._failure_told = True
+        raise self._failure
+
+    def not_told(self) -> None:
+        """What ended the job was raised where nobody heard it: the next call raises it again."""
+        self._failure_told = False
 
     def abort(self, reason: str) -> None:
         """Break off all rounds; the others get a `PeerError` at their next wait."""

@@ -6,7 +6,9 @@ below the hook), or anything with the five methods of `Store`.
 The timeouts of torch's client end only waits for keys: when the process that serves the store is
 stopped, or its host is, every call of the client waits for an answer for ever (2.13, tried with
 SIGSTOP). So each call is made in a thread of its own, which is left behind when it does not return
-(`Bounded`). Calls are rare; a thread costs them about 50 us.
+(`Bounded`). Calls are rare; a thread costs them about 50 us. And where the store does not listen
+yet when the client connects, it sleeps for half a second or more: so the listener is waited for
+before.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +26,9 @@ from ucxgossip.errors import ArgumentError, PortInUseError, RendezvousError
 
 _CONNECT_GRACE = 5.0
 """Seconds beyond its own timeout that torch's store may take to connect."""
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.005, 0.1
+"""Between two looks whether the store is there."""
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -143,6 +149,8 @@ def open_store(place: Place, timeout: float) -> Store:
 
     def connect() -> Store:
         listener = _listen(place) if serves else None
+        if not serves:
+            _await_listener(place, timeout)
         store: Store = tcp_store(
             place.host,
             place.port,
@@ -162,7 +170,7 @@ def open_store(place: Place, timeout: float) -> Store:
             f"{place.host}:{place.port}, where something listens that does not answer. Is rank 0 "
             "stopped, or does another program have that port?"
         ) from None
-    except (dist.DistNetworkError, dist.DistStoreError, RuntimeError) as error:
+    except (dist.DistNetworkError, dist.DistStoreError, RuntimeError, OSError) as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
             raise PortInUseError(
                 f"rank 0 cannot open {place.host}:{place.port}: another program listens there. "
@@ -192,6 +200,26 @@ def _listen(place: Place) -> socket.socket | None:
         else:
             return listener
     return None
+
+
+def _await_listener(place: Place, timeout: float) -> None:
+    """Return as soon as somebody listens where the store is to be; `OSError` at the deadline.
+
+    torch's client tries again too, but after half a second at least, and then after more.
+    """
+    deadline, pause = time.monotonic() + timeout, _FIRST_PAUSE_S
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            with socket.create_connection((place.host, place.port), max(left, pause)) as found:
+                # A port that nobody has may be given to the very socket that connects to it.
+                if found.getsockname() != found.getpeername():
+                    return
+        except OSError:
+            if left <= pause:
+                raise
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_S)
 
 
 def _addresses(place: Place) -> list[Any]:

@@ -393,6 +393,11 @@ class Engine:
         """Whether a round of `mailbox` is under way."""
         return bool(self.table.item(mailbox.index, w.STATE) == w.ACTIVE)
 
+    def has_put(self, mailbox: Mailbox) -> bool:
+        """Whether all of the last round of `mailbox` was put, so that its target may have it."""
+        row = self.table[mailbox.index]
+        return bool(row[w.PUT] == row[w.PARTS])
+
     def launched(self, mailbox: Mailbox) -> bool:
         """Whether nothing of the last round of `mailbox` is left to be enqueued on its device."""
         return not self.active(mailbox) or self.stagings[mailbox.index].launched(

@@ -118,11 +118,10 @@ class Outgoing:
         return bool(self._bytes) and not self.lost
 
     def step(self) -> None:
-        """Take what has come (the nonce; afterwards only the end), and send what waits."""
-        status = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if status:
-            self._fail(status)
-            return
+        """Take what has come (the nonce; afterwards only the end), and send what waits.
+
+        A goodbye may come with a reset right behind it: it is read before the error is.
+        """
         try:
             found = self.socket.recv(4096)
         except (BlockingIOError, InterruptedError):
@@ -134,11 +133,10 @@ class Outgoing:
             if not found:
                 self._fail(errno.ECONNRESET)
                 return
-            if len(self._nonce) < NONCE_BYTES:
-                self._nonce = (self._nonce + found)[:NONCE_BYTES]
-                self.open = len(self._nonce) == NONCE_BYTES
-            else:
-                self.goodbye = True
+            missing = NONCE_BYTES - len(self._nonce)
+            self._nonce += found[:missing]
+            self.open = len(self._nonce) == NONCE_BYTES
+            self.goodbye = self.goodbye or len(found) > missing
         self._flush()
 
     def _flush(self) -> None:

@@ -298,5 +298,7 @@ class Watch(Switchboard):
                 self._changed.notify_all()
 
     def _on_abort(self, sender: int, message: Message) -> None:
+        if sender not in self.view.members:  # it was left out, and the others go on without it
+            return
         self._aborted(sender, str(message["reason"]))
         self._end()

@@ -34,6 +34,9 @@ class Collective:
     def __init__(self, group: Group, quarantine: Quarantine | None = None) -> None:
         self.group, self.quarantine = group, quarantine or Quarantine("allow")
         self._mailbox: Mailbox | None = None
+        # Made once: the group keeps what it has laid over its members, by schedule.
+        self._everyone = GlobalAverage(group.size)
+        self._from: dict[int, Broadcast] = {}
 
     def _run(self, array: NDArray[Any], schedule: Callable[[], Schedule], mix: bool) -> int:
         """Run `schedule` on the array, from the start again where members are lost meanwhile.
@@ -85,12 +88,13 @@ class Collective:
 
         def schedule() -> Schedule:
             members = self.group.members
-            return Broadcast(self.group.size, root if root in members else members[0])
+            first = root if root in members else members[0]
+            return self._from.setdefault(first, Broadcast(self.group.size, first))
 
         self._run(array, schedule, mix=False)
 
     def _mean(self, array: NDArray[Any]) -> int:
-        return self._run(array, lambda: GlobalAverage(self.group.size), mix=True)
+        return self._run(array, lambda: self._everyone, mix=True)
 
     def average(self, array: NDArray[Any], mass: float = 1.0) -> None:
         """The mean over all ranks into everyone's 1-D contiguous float array, to rounding.
@@ -101,20 +105,21 @@ class Collective:
         """
         if self.group.size == 1:
             return
-        kept = None
-        if self.quarantine.whole and not np.isfinite(array).all():
-            kept, mass = array.copy(), 0.0
-            array[:] = 0
+        values = array.copy()  # an array whose mean broke off is as it was
+        left_out = self.quarantine.whole and not np.isfinite(array).all()
+        if left_out:
+            mass = 0.0
+            values[:] = 0
         elif mass != 1.0:
-            array *= array.dtype.type(mass)
+            values *= array.dtype.type(mass)
         share = np.array([mass])
         self._mean(share)
-        self._mean(array)
-        if share[0] == 0 and kept is not None:
-            array[:] = kept
-        elif abs(share[0] - 1.0) > _ROUNDING:
-            array /= array.dtype.type(share[0])
-        if kept is not None:
+        self._mean(values)
+        if abs(share[0] - 1.0) > _ROUNDING and share[0] != 0:
+            values /= array.dtype.type(share[0])
+        if share[0] != 0 or not left_out:
+            array[:] = values
+        if left_out:
             here = self.group.rank
             self.quarantine.left_out(here, {here: 1}, "part of a mean over all ranks")
 
@@ -130,7 +135,7 @@ class Collective:
     def table_within(self, row: NDArray[np.int64], epoch: int) -> NDArray[np.int64] | None:
         """As `table`, within an operation of `Group.together`; None where `epoch` ends before."""
         values, count = self._with_row(row), len(self.group.members)
-        if not self._once(values.reshape(-1), GlobalAverage(self.group.size), True, epoch):
+        if not self._once(values.reshape(-1), self._everyone, True, epoch):
             return None
         return np.rint(values * count).astype(np.int64)
 

@@ -116,15 +116,18 @@ class DeviceInPlace:
     def _end(self) -> None:
         """Wait until the device has done its part of the last round, and count it."""
         if self._running:
-            self._running = False
-            self.distance = self.meter.wait(self.group, self.mailbox, self.what) or 0.0
+            try:
+                self.distance = self.meter.wait(self.group, self.mailbox, self.what) or 0.0
+            finally:
+                self._running = self.group.engine.active(self.mailbox)
 
     def _join(self) -> None:
         """Wait until all of the round is enqueued, and let the current stream wait for that."""
         if self.open:
             self.group.look_around()
+            whole = self.meter.launched(self.group, self.mailbox)
             self.open = False
-            if not self.meter.launched(self.group, self.mailbox):
+            if not whole:
                 return  # broken off: the device has settled
             self._joined.add(self.staging.join_stream())
         elif self._running and self._joined:

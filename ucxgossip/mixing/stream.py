@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ucxgossip.buffer import Buffer
+from ucxgossip.errors import NonFiniteError
 from ucxgossip.group import Group
 from ucxgossip.mailbox import Mailbox
 from ucxgossip.mixing.collective import Collective
@@ -137,9 +138,11 @@ class InPlace:
     def wait(self) -> None:
         """Wait for the round under way, if any."""
         if self.open:
-            self.group.look_around()  # while it is open still: nobody reads it after a failure
-            self.open = False
-            self.distance = self.meter.wait(self.group, self.mailbox, self.what) or 0.0
+            self.group.look_around()
+            try:
+                self.distance = self.meter.wait(self.group, self.mailbox, self.what) or 0.0
+            finally:  # interrupted or failed, it is open still: nobody reads it as if it were whole
+                self.open = self.group.engine.active(self.mailbox)
 
     def settle(self) -> None:
         """Wait for the round under way, if any."""
@@ -306,9 +309,12 @@ class Stale:
         """Wait for the lane's round; its snapshot is a correction then, if it ended whole."""
         if lane.flying:
             late = self.position - lane.number
-            lane.flying, lane.pending = False, True
-            distance = self.meter.wait(self.group, lane.mailbox, self.what, late)
-            lane.pending = distance is not None
+            try:
+                distance = self.meter.wait(self.group, lane.mailbox, self.what, late)
+            except NonFiniteError:  # it ended; what was left out is zero in the correction
+                lane.flying, lane.pending = False, True
+                raise
+            lane.flying, lane.pending = False, distance is not None
             self.distance = distance or 0.0
 
     def _collect(self) -> None:

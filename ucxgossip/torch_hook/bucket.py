@@ -153,12 +153,12 @@ class Bucket:
 
     def give_back(self, group: Group) -> None:
         """After `release`: memory and mailboxes, for others to have."""
+        for stream in (self.gradients_stream, self.weights_stream):
+            if stream is not None:
+                stream.give_back()  # which refuses while a round is under way
         for flat in (self.weights, self.gradients):
             if flat is not None:
                 flat.give_back(group)
-        for stream in (self.gradients_stream, self.weights_stream):
-            if stream is not None:
-                stream.give_back()
 
     def check_in_place(self) -> None:
         """`ModelError` if a parameter's data is no longer where `adopt` put it."""

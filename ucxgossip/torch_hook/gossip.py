@@ -220,6 +220,8 @@ class Gossip:
             self.wait()
 
     def _before_optimizer_state(self, *_: object) -> None:
+        if self._noise is not None:
+            self._noise.restore()
         if not self.group.failed:
             self._exchange.settle_state()
 
@@ -400,7 +402,8 @@ class Gossip:
 
         Parameters keep their values, in memory of their own; hooks are gone; the optimizer's
         ``zero_grad`` is its own again. Memory and mailboxes are there for the next model
-        (docs/resources.md). No round is waited for in a group that failed or closed.
+        (docs/resources.md). No round is waited for in a group that failed or closed. What ended
+        the job is raised, after all this, if no call has raised it before.
         Further calls do nothing, in any thread.
         """
         with self._detaching:
@@ -423,6 +426,8 @@ class Gossip:
             self._leave()
         if usable:
             self._exchange.give_back()
+        elif not self.group.closed:
+            self.group.tell_failure()
 
     def _leave(self) -> None:
         self._detached = True

@@ -176,7 +176,6 @@ class Gradients:
 
     def _after_backward(self) -> None:
         """Send what backward left out, and wait."""
-        self._in_backward = None
         unused: list[tuple[Bucket, int]] = []
         for bucket in self.buckets:
             if bucket.posted:
@@ -187,6 +186,7 @@ class Gradients:
                     unused.append((bucket, index))
             self._post(bucket)
         self._settle()
+        self._in_backward = None
         self.went_backward = True
         for bucket, index in unused:
             # Unused here and by the partner: the optimizer is to see no gradient at all.

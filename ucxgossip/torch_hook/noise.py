@@ -113,7 +113,7 @@ class NoiseCorrection:
 
     def before_step(self) -> None:
         """Put moments in place from which the step arrives at the corrected ones."""
-        self._touched.clear()
+        self.restore()
         self._first.clear()
         settings = {id(p): each for each in self.optimizer.param_groups for p in each["params"]}
         for part in self.parts.values():
@@ -156,15 +156,19 @@ class NoiseCorrection:
 
     def after_step(self) -> None:
         """Put the uncorrected moments back; Adam's first step makes the state."""
-        for moment, raw in self._touched:
-            moment[:] = raw
+        self.restore()
         for parameter, noise in self._first:
             state = self.optimizer.state.get(parameter)
             if state and "exp_avg_sq" in state:
                 state[NOISE] = torch.zeros_like(state["exp_avg_sq"])
                 _flat(state[NOISE])[:] = np.where(np.isfinite(noise), noise, 0)
-        self._touched.clear()
         self._first.clear()
+
+    def restore(self) -> None:
+        """Put the uncorrected moments back, also after a step that raised an exception."""
+        for moment, raw in self._touched:
+            moment[:] = raw
+        self._touched.clear()
 
 
 def _flat(tensor: torch.Tensor) -> NDArray[Any]:

@@ -27,6 +27,7 @@ have run out: ranks would wait for the slowest.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -35,11 +36,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ucxgossip.errors import ArgumentError, ClosedError, ForkError
+from ucxgossip.errors import ArgumentError, ClosedError, ForkError, GossipError
 from ucxgossip.group import Group
 from ucxgossip.mixing import Collective
 from ucxgossip.schedule import ALONE, Round
 from ucxgossip.torch_hook.packing import NOTHING, Packing, Payload, describe, dump, load, merge
+
+log = logging.getLogger("ucxgossip")
 
 WINDOW = 8
 """Steps between two questions whether anyone has a batch left, where a loader has no len()."""
@@ -106,26 +109,38 @@ class Ring:
         around = self.group.post_scheduled(
             self.mailbox, source, target, self.schedule, turn, how="copy", foresee=False
         )
-        self.stays = around is not None and around.to is None and around.sender is None
+        # None: the others have passed this round already, so that nobody gets what it holds.
+        self.stays = around is None or (around.to is None and around.sender is None)
         self.under_way = True
 
     def take(self, own: Any) -> Any:
         """Wait for what comes: a batch or NOTHING; `own` where the ring is turned to itself.
 
-        NOTHING also where a rank was lost while its batch was under way. Raises what `Group.wait`
-        does, also where the group failed while the loader was asked: an epoch never ends short.
+        Where a change of members broke the round off, `own` if nobody can have it, and else
+        NOTHING, though it may be lost. Raises what `Group.wait` does, also where the group failed
+        while the loader was asked: an epoch never ends short.
         """
-        self.under_way = False
-        whole = self.group.wait(self.mailbox)
-        if self.stays:
+        whole = self._wait()
+        if self.stays or not (whole or self.group.engine.has_put(self.mailbox)):
             return own
-        return self.came.read() if whole else NOTHING
+        if whole:
+            return self.came.read()
+        log.warning(
+            "rank %d: a batch was on its way while the members changed, and may be lost",
+            self.group.rank,
+        )
+        return NOTHING
+
+    def _wait(self) -> bool:
+        try:
+            return self.group.wait(self.mailbox)
+        finally:  # interrupted, it is under way still
+            self.under_way = self.group.engine.active(self.mailbox)
 
     def drop(self) -> None:
         """Wait for the round under way, if there is one that still moves."""
         if self.under_way and not self.group.failed:
-            self.under_way = False
-            self.group.wait(self.mailbox)
+            self._wait()
 
 
 class Source:
@@ -257,7 +272,7 @@ class Shuffled:
 
     def _iterate(self) -> Iterator[Any]:
         self.close()
-        turn, epoch = self._turn, self._epoch
+        turn, epoch, left = self._turn, self._epoch, False
         try:
             for batch in iter(self.loader) if self.group.size == 1 else self._together(epoch):
                 yield batch
@@ -265,16 +280,25 @@ class Shuffled:
                     raise ClosedError(
                         "this iteration has ended: another one was started, or close() called"
                     )
+        except GeneratorExit:  # what is raised from here on nobody can catch
+            left = True
+            raise
         finally:
             if self._turn == turn:
                 if self._epoch == epoch:
                     self._epoch += 1
-                self.close()
+                try:
+                    self.close()
+                except GossipError:
+                    if not left:
+                        raise
+                    self.group.not_told()
 
     def close(self) -> None:
         """End an iteration that is under way: wait for the batch on its way, and drop it.
 
         A loop does so as it ends or is left; call it for an iterator that is kept. Collective.
+        Where the job ended meanwhile, a loop that is left says nothing; the next call does.
         """
         self._turn += 1
         if self._ring is not None:
