@@ -5,6 +5,7 @@ the handlers and the UCX calls are plain Python.
 """
 
 import ast
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -722,6 +723,35 @@ def test_engine_threads_move_rounds_by_themselves(pair: Pair) -> None:
     assert pair.engines[0].wait(pair.boxes[0], DEADLINE_S)
     assert pair.engines[1].wait(pair.boxes[1], DEADLINE_S)
     assert (left == 0.5).all() and (right == 0.5).all()
+
+
+def test_the_engine_thread_parks_while_one_caller_drives(pair: Pair) -> None:
+    engine, words = pair.engines[0], pair.engines[0].words
+    engine.start()
+    left, right = np.zeros(512), np.ones(512)
+    pair.post(0, left)
+    ends: list[bool] = []
+    caller = threading.Thread(target=lambda: ends.append(engine.wait(pair.boxes[0], DEADLINE_S)))
+    caller.start()
+    deadline = time.monotonic() + DEADLINE_S
+    while words[w.PARKED] != drive.LONG:
+        jit.yield_cpu()
+        assert time.monotonic() < deadline
+    pair.engines[1].start()
+    pair.post(1, right)
+    caller.join(DEADLINE_S)
+    assert ends == [True] and (left == 0.5).all()
+
+
+@pytest.mark.parametrize("parked", [0, drive.SHORT, drive.LONG])
+def test_whoever_ends_a_drive_ends_a_long_park(pair: Pair, parked: int) -> None:
+    words = pair.engines[0].words
+    words[w.PARKED] = parked
+    assert drive.acquire(words, jit.now_ns() + int(DEADLINE_S * 1e9))
+    drive.release(words)
+    woken = jit.wait_readable(-1, int(words[w.ENGINE_FD]), 0) & 2
+    assert bool(woken) is (parked == drive.LONG)
+    words[w.PARKED] = 0
 
 
 def test_close_is_idempotent_and_final(transport: str) -> None:

@@ -223,7 +223,8 @@ class Group(Blocking):
     def close(self) -> None:
         """Leave the job once all ranks are here to leave, or the group's timeout has passed.
 
-        Collective. Further calls do nothing, in any thread; nor does any in a forked child.
+        Collective. Further calls do nothing, in any thread; nor does any in a forked child. Leaving
+        a ``with`` block raises what ended the job, if no call has raised it before; this does not.
         """
         with self._closing:
             if not self._closed:

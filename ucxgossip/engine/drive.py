@@ -30,11 +30,13 @@ from ucxgossip.engine.rounds import advance, may_put
 from ucxgossip.ucp import ops
 
 _PARK_MS = 1
-_SHORT, _LONG = 1, 2
 _NAP_NS = 50_000
 _SLEEP_MS = 1000
 _LEAST = 10
 _MS = 1_000_000
+
+SHORT, LONG = 1, 2
+"""How the engine thread has stepped back: for a millisecond, or until whoever drives has ended."""
 
 
 @jit.njit
@@ -64,7 +66,7 @@ def release(engine: Any) -> None:
     jit.fetch_add(engine, w.DRIVES, 1)
     jit.store_release(engine, w.LOCK, 0)
     jit.fetch_add(engine, w.DRIVERS, -1)
-    if wake or jit.load_acquire(engine, w.PARKED) == _LONG:
+    if wake or jit.load_acquire(engine, w.PARKED) == LONG:
         jit.kick(engine[w.ENGINE_FD])
 
 
@@ -260,7 +262,7 @@ def _park(engine: Any, drives: int) -> bool:
     nothing to look for until it has ended, and `release` kicks.
     """
     long = jit.load_acquire(engine, w.DRIVES) == drives and jit.load_acquire(engine, w.DRIVERS) > 0
-    jit.store_release(engine, w.PARKED, _LONG if long else _SHORT)
+    jit.store_release(engine, w.PARKED, LONG if long else SHORT)
     jit.full_fence()  # whoever ends a drive reads PARKED after that
     timeout_ms = _PARK_MS
     if long and jit.load_acquire(engine, w.DRIVERS) > 0:

@@ -32,7 +32,7 @@ POSTS = 19  # rounds posted so far
 ASLEEP = 20  # 1 while the engine thread sleeps on the worker
 DOZING = 21  # 1 while the mailboxes' doze words are raised
 EXACT = 22  # 1: a credit opens the round that it is asked for and none beyond
-PARKED = 23  # not 0 while the engine thread has stepped back for callers; 2: for a long call
+PARKED = 23  # not 0 while the engine thread has stepped back for callers (`drive.SHORT`, `LONG`)
 
 LOCK = 24  # 1 while a thread drives the worker
 DRIVERS = 32  # callers that drive or want to
