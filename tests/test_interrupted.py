@@ -115,11 +115,15 @@ def test_a_snapshot_is_no_correction_before_its_round_has_ended(job: Job) -> Non
 
 
 def test_a_failed_round_is_no_correction(job: Job) -> None:
+    posted = threading.Event()
+
     def body(group: ug.Group) -> None:
         stream = Stale(group, start(group), Dissemination(2), Meter(), 1)
         if group.rank:
+            assert posted.wait(DEADLINE_S)
             raise LookupError("on purpose")
         stream.post()
+        posted.set()
         await_failure(group)
         with pytest.raises(errors.PeerError):
             stream.finish()
@@ -223,13 +227,17 @@ def test_who_ends_before_it_hears_of_a_failure_is_told_at_the_end(job: Job) -> N
 
 
 def test_an_attached_model_is_given_back_and_then_the_failure_told(job: Job) -> None:
+    stepped = threading.Event()
+
     def body(group: ug.Group) -> None:
         model = small_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         gossip = ug.attach(model, optimizer, group)
         train_step(model, optimizer, group.rank, 0)
         if group.rank:
+            assert stepped.wait(DEADLINE_S)
             raise LookupError("no such sample")
+        stepped.set()
         await_failure(group)
         with pytest.raises(errors.PeerError, match="no such sample"):
             gossip.detach()
