@@ -23,7 +23,7 @@ from ucxgossip.trust import new_token
 pytestmark = pytest.mark.spawn
 SCRIPT = str(Path(__file__).with_name("came.py"))
 DEADLINE_S = 120.0
-BEYOND = 1000
+BEYOND = 500
 """Steps from the last one seen to the one at which all stop."""
 
 

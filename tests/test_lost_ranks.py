@@ -110,7 +110,7 @@ def test_a_rank_that_was_stopped_is_left_out_and_told_so(
     transport: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It wakes with rounds under way, into slots that are others' by now, and ends; they do not."""
-    monkeypatch.setenv("GOSSIP_TEST_AFTER", "1000")  # so that they are there when it wakes
+    monkeypatch.setenv("GOSSIP_TEST_AFTER", "400")  # so that they are there when it wakes
     with started(4, transport, 1) as job:
         job.signal(1, signal.SIGSTOP)
         job.until_all([0, 2, 3], "lost [1]")
