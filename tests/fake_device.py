@@ -72,6 +72,7 @@ class FakeDevice:
     def __init__(self, seed: int = 0, pace: int = 1, pins: bool = True) -> None:
         self.random, self.pace, self.pins = random.Random(seed), pace, pins
         self.lock = threading.RLock()
+        self.left = threading.Condition(self.lock)  # a thread popped a context
         self.exports, self.exported = True, 0
         self.mapped: list[int] = []
         self.queues: dict[int, deque[tuple[str, Callable[[], bool]]]] = {
@@ -85,7 +86,7 @@ class FakeDevice:
         self.memories: list[FakeMemory] = []
         self.pinned: dict[int, int] = {}
         self.stalled: set[int] = set()  # streams on which a query lets nothing happen
-        self.depth = 0  # pushes without a pop
+        self.depths: dict[int, int] = {}  # pushes without a pop, by thread
         self.modes: dict[int, int] = {}  # of capturing, by thread
         self.live: set[int] = set()  # events
         self._last_event = 5000
@@ -131,23 +132,30 @@ class FakeDevice:
         return run
 
     def check(self) -> None:
-        """What went wrong inside callbacks, and what should hold at the end of a test."""
-        if self._errors:
-            raise self._errors[0]
-        assert self.depth == 0, "contexts pushed and not popped"
-        assert not any(self.modes.values()), "a thread's capture mode was not given back"
+        """What went wrong inside callbacks, and what should hold at the end of a test.
+
+        The engine's thread may be among its calls meanwhile; it leaves soon.
+        """
+        with self.left:
+            left = self.left.wait_for(lambda: not any(self.depths.values()), DEADLINE_S)
+            if self._errors:
+                raise self._errors[0]
+            assert left, "contexts pushed and not popped"
+            assert not any(self.modes.values()), "a thread's capture mode was not given back"
         assert all(memory.intact() for memory in self.memories), "a canary was overwritten"
 
     # --- what the engine calls -----------------------------------------------------------------
 
     def _push(self, context: int) -> int:
         assert context == 7
-        self.depth += 1
+        thread = threading.get_ident()
+        self.depths[thread] = self.depths.get(thread, 0) + 1
         return 0
 
     def _pop(self, scratch: int) -> int:
         assert scratch == self._scratch.ctypes.data
-        self.depth -= 1
+        self.depths[threading.get_ident()] -= 1
+        self.left.notify_all()
         return 0
 
     def _exchange(self, word: int) -> int:
