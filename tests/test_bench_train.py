@@ -45,7 +45,7 @@ SERVED = (
 
 @pytest.mark.slow
 @pytest.mark.spawn
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [3])
 def test_real_ranks_equal_the_simulation(ranks: int, tmp_path: Path) -> None:
     setting = Setting(
         ranks, shards="skewed", decay="cosine", steps=6, batch=4, seed=3, evaluations=2

@@ -44,6 +44,13 @@ def once(owner: Any, name: str, error: type[BaseException]) -> None:
     setattr(owner, name, raises)
 
 
+def interrupt(group: ug.Group, call: Callable[[], object]) -> None:
+    """Have Ctrl-C end the wait of `call`."""
+    once(group.engine, "wait", KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        call()
+
+
 def await_failure(group: ug.Group) -> None:
     with group._steady_again:
         assert group._steady_again.wait_for(lambda: group.failed, DEADLINE_S)
@@ -60,9 +67,7 @@ def test_an_interrupted_wait_is_made_again(job: Job) -> None:
         assert group.rank == 0 or interrupted.wait(DEADLINE_S)
         stream.post()
         if group.rank == 0:
-            once(group.engine, "wait", KeyboardInterrupt)
-            with pytest.raises(KeyboardInterrupt):
-                stream.wait()
+            interrupt(group, stream.wait)
             interrupted.set()
         stream.wait()
         return stream.array.copy()
@@ -82,9 +87,7 @@ def test_an_outer_step_is_not_made_with_half_of_what_it_needs(job: Job) -> None:
         assert group.rank == 0 or interrupted.wait(DEADLINE_S)
         stream.post()
         if group.rank == 0:
-            once(group.engine, "wait", KeyboardInterrupt)
-            with pytest.raises(KeyboardInterrupt):
-                stream.wait()
+            interrupt(group, stream.wait)
             interrupted.set()
         stream.wait()
         return stream.array.copy()
@@ -101,9 +104,7 @@ def test_a_snapshot_is_no_correction_before_its_round_has_ended(job: Job) -> Non
         assert group.rank == 0 or interrupted.wait(DEADLINE_S)
         stream.post()
         if group.rank == 0:
-            once(group.engine, "wait", KeyboardInterrupt)
-            with pytest.raises(KeyboardInterrupt):
-                stream.post()
+            interrupt(group, stream.post)
             stream._collect()
             assert np.array_equal(stream.array, VALUES[0])
             interrupted.set()

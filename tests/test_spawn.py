@@ -35,10 +35,8 @@ def test_verified_rounds_are_exact(transport: str, ranks: int) -> None:
     assert run("verified", transport, ranks) == {"wrong": 0}
 
 
-@pytest.mark.parametrize("transport", ["tcp", "shm"])
-@pytest.mark.parametrize("ranks", [8])
-def test_more_ranks_than_cores(transport: str, ranks: int) -> None:
-    assert run("many", transport, ranks)["spread"] < 1e-3
+def test_more_ranks_than_cores() -> None:
+    assert run("many", "tcp", 8)["spread"] < 1e-3
 
 
 @pytest.mark.parametrize("transport", ["tcp", "shm"])
