@@ -5,6 +5,7 @@ the handlers and the UCX calls are plain Python.
 """
 
 import ast
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -765,6 +766,25 @@ def test_close_is_idempotent_and_final(transport: str) -> None:
     with pytest.raises(ClosedError), engine.locked():
         pass
     context.close()
+    context.close()
+
+
+def test_descriptors_stay_open_until_the_last_kick(
+    transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A closed one's number may be another's by then."""
+    context = Context(transport, {"NET_DEVICES": "lo"})
+    engine = Engine(context, 0, 1, TUNING)
+    engine.words[w.LEAVING] = 1  # as a thread that was held up in `drive.release`
+    found = []
+
+    def leave() -> None:
+        found.append(os.fstat(int(engine.words[w.ENGINE_FD])))
+        engine.words[w.LEAVING] = 0
+
+    monkeypatch.setattr(os, "sched_yield", leave)
+    engine.close()
+    assert len(found) == 1
     context.close()
 
 

@@ -87,6 +87,28 @@ def test_many_rounds_in_a_row(
             np.testing.assert_array_equal(arrays[which], expected[which, rank])
 
 
+class Astray(Dissemination):
+    """A user's schedule that after a while names a rank that there is none of."""
+
+    def round(self, rank: int, step: int) -> ug.Round:
+        return ug.Round(self.size, self.size) if step >= 100 else super().round(rank, step)
+
+    rounds = None  # type: ignore[assignment]
+
+
+def test_a_rank_that_there_is_none_of_is_refused_also_where_rounds_are_foreseen(
+    job: Callable[..., list[Any]], transport: str
+) -> None:
+    def body(group: ug.Group) -> bool:
+        array, schedule = np.zeros(2), Astray(2)
+        with pytest.raises(errors.ArgumentError, match="there is no rank 2"):
+            for _ in range(200):
+                group.exchange(array, schedule=schedule)
+        return group._exchange_box is not None and group._exchange_box.round > 50
+
+    assert job(2, body, transport) == [True, True]
+
+
 @pytest.mark.parametrize(("size", "chunks", "ring"), [(2, 2, 1), (2, 40, 4), (3, 7, 2), (8, 9, 3)])
 @pytest.mark.parametrize("verify", [False, True])
 def test_large_arrays_go_through_a_ring(

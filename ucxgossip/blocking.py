@@ -29,7 +29,6 @@ from ucxgossip.ucp.memory import MemoryRegion
 _Payload = TypeVar("_Payload", NDArray[Any], Sequence[NDArray[Any]])
 
 _PAST_PAGE = 64
-_SLICE_NS = 250_000_000
 
 
 def _identity(payload: object) -> object:
@@ -115,17 +114,17 @@ class Blocking(Posting):
         box = self._exchange_box if mailbox is None else mailbox
         plan: Itinerary | None = getattr(box, "itinerary", None)
         said = itinerary.LEAVE
-        if (
-            plan is not None
-            and mix is True
-            and plan.asked == (_identity(array), id(schedule), nonfinite, id(self))
-            and not self._closed
-            and self._failure is None
-        ):
-            assert box is not None
-            said = itinerary.exchange(self.engine.address, box.index, plan.address, _SLICE_NS)
-            if said == itinerary.ENDED:
-                return array
+        if plan is not None and mix is True and not self._closed and self._failure is None:
+            payload, chosen, policy = plan.call
+            if (
+                plan.engine == self.engine.address
+                and (payload is array or (payload is None and plan.asked[0] == _identity(array)))
+                and chosen is schedule
+                and policy == nonfinite
+            ):
+                said = self.engine.exchange_next(plan.address)
+                if said == itinerary.ENDED:
+                    return array
         return self._exchange(array, mix, schedule, mailbox, nonfinite, said != itinerary.LEAVE)
 
     def _exchange(
@@ -170,6 +169,9 @@ class Blocking(Posting):
             if mix:
                 asked = (_identity(array), id(schedule), nonfinite, id(self))
                 self._look_ahead(box, buffer, buffer, chosen, asked, whole=looks)
+                if box.itinerary is not None:
+                    lone = None if isinstance(array, list | tuple) else array
+                    box.itinerary.call = (lone, schedule, nonfinite)
         whole = self.wait(box)
         self.broken += not whole
         if whole and looks:

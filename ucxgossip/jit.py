@@ -52,10 +52,13 @@ def intrinsic(generator: Callable[..., Any]) -> Any:
     return extending.intrinsic(generator)
 
 
-def compile_ahead(function: Any, signature: Any) -> None:
-    """Compile (or load from the cache) the version of `function` for `signature`."""
-    if not INTERPRETED:
-        function.compile(signature)
+def compile_ahead(function: Any, signature: Any) -> Any:
+    """Compile (or load from the cache) `function` for `signature`, and return that version.
+
+    Called by itself it is quicker than through `function` (90 and 155 ns with one argument), which
+    looks at the types of its arguments first.
+    """
+    return function if INTERPRETED else function.compile(signature)
 
 
 def c_callback(function: Any, signature: Any) -> Any:

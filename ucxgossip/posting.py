@@ -198,7 +198,17 @@ class Posting(Partners):
             parts = (found[0][:count], found[1][:count], weight * found[2][:count])
             mailbox.ahead.clear()
             kept = (source, target, schedule)
-            mailbox.itinerary = Itinerary(asked, first, self.epoch, parts, ahead, what, kept)
+            mailbox.itinerary = Itinerary(
+                self.engine.address,
+                mailbox.index,
+                asked,
+                first,
+                self.epoch,
+                parts,
+                ahead,
+                what,
+                kept,
+            )
 
     def wait(self, mailbox: Mailbox, timeout: float | None = None, launched: bool = False) -> bool:
         """Block until the mailbox's round has ended; drives the engine meanwhile.
@@ -358,10 +368,9 @@ class Posting(Partners):
         if plan is not None and plan.asked == same:
             with self._lock:
                 steady = self._frozen is None and plan.epoch == self.epoch
-                if steady and self._failure is None and not self._closed:
-                    address, index = self.engine.address, mailbox.index
-                    if itinerary.post(address, index, plan.address) == itinerary.POSTED:
-                        return True
+                usable = steady and self._failure is None and not self._closed
+                if usable and self.engine.post_next(plan.address) == itinerary.POSTED:
+                    return True
         posted = self.post_scheduled(
             mailbox, source, target, schedule, step, stride, weight, how, held, whole=whole
         )

@@ -64,10 +64,12 @@ def release(engine: Any) -> None:
     """
     wake = pending(engine, -1) or jit.load_acquire(engine, w.ASLEEP) != 0
     jit.fetch_add(engine, w.DRIVES, 1)
+    jit.fetch_add(engine, w.LEAVING, 1)
     jit.store_release(engine, w.LOCK, 0)
     jit.fetch_add(engine, w.DRIVERS, -1)
     if wake or jit.load_acquire(engine, w.PARKED) == LONG:
         jit.kick(engine[w.ENGINE_FD])
+    jit.fetch_add(engine, w.LEAVING, -1)
 
 
 @jit.njit
@@ -117,7 +119,12 @@ def drive_once(engine: Any) -> int:
 
     The caller holds the lock.
     """
-    moved = ops.progress(engine[w.WORKER])
+    return _move(engine, ops.progress(engine[w.WORKER]))
+
+
+@jit.njit
+def _move(engine: Any, moved: int) -> int:
+    """The rounds' part of a pass; moved: what UCX's progress returned."""
     chosen = _whose_turn(engine)
     engine[w.NAPS] = 0
     for index in range(engine[w.MAILBOXES]):
@@ -207,6 +214,10 @@ def drive_locked(engine: Any, index: int, deadline_ns: int) -> bool:
 
 @jit.njit
 def _drive(engine: Any, index: int, deadline_ns: int, launch: bool) -> bool:
+    # What was just posted leaves before UCX looks for what has come, which over TCP is a system
+    # call that mostly finds nothing yet.
+    engine[w.QUIET] = 0
+    _move(engine, 0)
     engine[w.QUIET] = 0
     ended = True
     while True:

@@ -101,6 +101,11 @@ class Engine:
         self._eager = abi.RequestParam(
             op_attr_mask=abi.OpAttr.FLAGS, flags=abi.AM_SEND_EAGER | abi.AM_SEND_COPY_HEADER
         )
+        # Left to itself, UCX sends 8 bytes over TCP by zero copy: a request, a registration and a
+        # completion more than for a short message.
+        self._short = abi.RequestParam(
+            op_attr_mask=self._eager.op_attr_mask | abi.OP_FAST_COMPLETION, flags=self._eager.flags
+        )
         self._kept: list[NDArray[np.int64]] = []
         self._undo = np.zeros(self.tuning.chunk // 8, np.int64)
         self._thread: threading.Thread | None = None
@@ -118,8 +123,8 @@ class Engine:
             drive.drive_launched(self.words, -1, jit.now_ns() + _LOCK_NS)
             self.words[w.STOP] = 0
             jit.compile_ahead(rounds.post, rounds.POST_SIGNATURE)
-            jit.compile_ahead(itinerary.post, itinerary.POST_SIGNATURE)
-            jit.compile_ahead(itinerary.exchange, itinerary.EXCHANGE_SIGNATURE)
+            self.post_next = jit.compile_ahead(itinerary.post, itinerary.SIGNATURE)
+            self.exchange_next = jit.compile_ahead(itinerary.exchange, itinerary.SIGNATURE)
         context.before_close(self.close)
         self._set_handlers()
 
@@ -146,6 +151,7 @@ class Engine:
         words[w.YIELDS] = words[w.PATIENCE] = self.tuning.yields
         words[w.PLAIN] = ctypes.addressof(self._plain)
         words[w.EAGER_PARAM] = ctypes.addressof(self._eager)
+        words[w.SHORT_PARAM] = ctypes.addressof(self._short)
 
     def start(self) -> None:
         """Start the engine thread."""
@@ -462,6 +468,9 @@ class Engine:
         for mailbox in self.mailboxes:
             mailbox.close()
         self.worker.close()
+        deadline = jit.now_ns() + _CLOSE_NS
+        while self.words[w.LEAVING] and jit.now_ns() < deadline:
+            os.sched_yield()  # one that has given the lock back may still be about to kick
         os.close(int(self.words[w.ENGINE_FD]))
         os.close(int(self.words[w.DRIVER_FD]))
 

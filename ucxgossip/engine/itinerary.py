@@ -25,8 +25,11 @@ from ucxgossip.engine.post import Post
 from ucxgossip.schedule import Rounds
 
 FIRST, COUNT, EPOCH, SOURCE, TARGET, NBYTES, OPERATION, PARAM, HELD, WHOLE, SCATTERED = range(11)
-PARTNERS, WEIGHTS = 11, 12
-_WORDS = 13
+PARTNERS, WEIGHTS, ENGINE, INDEX = 11, 12, 13, 14
+_WORDS = 15
+
+SLICE_NS = 250_000_000
+"""For how long `exchange` drives before Python may handle signals."""
 
 ENDED, LEFT_OUT, LEAVE, POSTED, BROKEN = range(5)
 """What became of the next round: ended; ended, and chunks were left out; it was not posted; posted
@@ -34,9 +37,9 @@ and under way; ended badly."""
 
 
 @jit.njit
-def _post_next(engine: Any, index: int, itinerary: int, kick: int) -> bool:
-    """Post the next round of mailbox `index` if the itinerary has it and the epoch is its own."""
-    plan = jit.view_words(itinerary, _WORDS)
+def _post_next(engine: Any, plan: Any, kick: int) -> bool:
+    """Post the mailbox's next round if the itinerary has it and the epoch is its own."""
+    index = plan[INDEX]
     next_number = jit.view_words(mailbox_words(engine, index)[w.NUMBER], 1)
     number = next_number[0]
     place = number - plan[FIRST]
@@ -68,24 +71,26 @@ def _post_next(engine: Any, index: int, itinerary: int, kick: int) -> bool:
 
 
 @jit.njit
-def post(engine_address: int, index: int, itinerary: int) -> int:
-    """Start the next round of mailbox `index` and return; see `ENDED`.
+def post(itinerary: int) -> int:
+    """Start the next round of an itinerary and return; see `ENDED`.
 
     For a caller who keeps the members from changing meanwhile.
     """
-    engine = jit.view_words(engine_address, w.ENGINE_WORDS)
-    return POSTED if _post_next(engine, index, itinerary, 1) else LEAVE
+    plan = jit.view_words(itinerary, _WORDS)
+    engine = jit.view_words(plan[ENGINE], w.ENGINE_WORDS)
+    return POSTED if _post_next(engine, plan, 1) else LEAVE
 
 
 @jit.njit
-def exchange(engine_address: int, index: int, itinerary: int, slice_ns: int) -> int:
-    """Start the next round of mailbox `index` and drive it for at most `slice_ns`; see `ENDED`."""
-    engine = jit.view_words(engine_address, w.ENGINE_WORDS)
-    deadline_ns = jit.now_ns() + slice_ns
+def exchange(itinerary: int) -> int:
+    """Start the next round of an itinerary and drive it for at most `SLICE_NS`; see `ENDED`."""
+    plan = jit.view_words(itinerary, _WORDS)
+    engine, index = jit.view_words(plan[ENGINE], w.ENGINE_WORDS), plan[INDEX]
+    deadline_ns = jit.now_ns() + SLICE_NS
     if not drive.acquire(engine, deadline_ns):
         return LEAVE
     # Members change under the lock only, so that the epoch stays while it is held.
-    if jit.load_acquire(engine, w.STOP) != 0 or not _post_next(engine, index, itinerary, 0):
+    if jit.load_acquire(engine, w.STOP) != 0 or not _post_next(engine, plan, 0):
         drive.release(engine)
         return LEAVE
     ended = drive.drive_locked(engine, index, deadline_ns)
@@ -101,12 +106,18 @@ def exchange(engine_address: int, index: int, itinerary: int, slice_ns: int) -> 
 class Itinerary:
     """The rounds of a mailbox from number `first` on, all alike but for partners and weights.
 
-    rounds: this rank's, `ahead` more than the itinerary will have. what: a round of them. asked:
-    what for, for the caller to compare. kept: what must live as long, source and target among it.
+    engine, index: the address of the engine's words, and the mailbox's number. asked: what for, for
+    the caller to compare. rounds: this rank's, `ahead` more than the itinerary will have. what: a
+    round of them. kept: what must live as long, source and target among it.
+
+    call: what `Group.exchange` was called with (payload, or None for a list; schedule; nonfinite),
+    to be known at a glance when it is called so again.
     """
 
     def __init__(
         self,
+        engine: int,
+        index: int,
         asked: tuple[object, ...],
         first: int,
         epoch: int,
@@ -115,7 +126,8 @@ class Itinerary:
         what: Post,
         kept: tuple[object, ...],
     ) -> None:
-        self.asked, self.epoch, self.kept = asked, epoch, kept
+        self.engine, self.asked, self.epoch, self.kept = engine, asked, epoch, kept
+        self.call: tuple[object, object, object] = (None, None, None)
         to, sender, weights = rounds
         count = len(to) - ahead
         self._partners = np.stack([to[:count], sender[:count], sender[ahead:]], axis=1)
@@ -124,12 +136,11 @@ class Itinerary:
         self._words[:] = (
             *(first, count, epoch, what.source, what.target, what.nbytes, what.operation),
             *(what.source_param, what.held, what.whole, what.scattered),
-            *(self._partners.ctypes.data, self._weights.ctypes.data),
+            *(self._partners.ctypes.data, self._weights.ctypes.data, engine, index),
         )
         self.address = int(self._words.ctypes.data)
 
 
 _word = types.int64
-POST_SIGNATURE = _word(_word, _word, _word)
-EXCHANGE_SIGNATURE = _word(_word, _word, _word, _word)
-"""The signatures under which `post` and `exchange` are compiled ahead of their first calls."""
+SIGNATURE = _word(_word)
+"""The signature under which `post` and `exchange` are compiled ahead of their first calls."""

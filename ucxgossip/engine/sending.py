@@ -92,7 +92,7 @@ def send(
         header_bytes,
         data,
         nbytes,
-        engine[w.EAGER_PARAM],
+        engine[w.SHORT_PARAM] if nbytes <= w.SHORT else engine[w.EAGER_PARAM],
     )
 
 

@@ -107,6 +107,8 @@ class Living:
 
     def rounds(self, ranks: NDArray[np.int64], steps: NDArray[np.int64]) -> Rounds:
         """As `schedule.many`."""
+        if len(self.members) == self.schedule.size:
+            return many(self._inner, ranks, steps)
         members = np.array(self.members, np.int64)
         place_of = np.full(self.schedule.size, -1, np.int64)
         place_of[members] = np.arange(len(members))

@@ -21,11 +21,12 @@ from ucxgossip.schedule.base import (
     rounds_to_reach,
 )
 
-_BLOCK = 64
-"""Shuffles drawn together: one draw costs 13 us, a step over shared memory 4."""
+_LONGEST, _NUMBERS = 512, 8192
+"""Shuffles drawn together at most, and numbers in them: to begin a draw costs 15 us, a step over
+shared memory 3."""
 
-_KEPT = 32
-"""Blocks remembered for two ranks, for many streams whose next rounds are laid out in turn; fewer
+_KEPT = 2048
+"""Shuffles remembered for two ranks, for many streams whose next rounds are laid out in turn; fewer
 by the period, of which each shuffle serves one."""
 
 
@@ -34,42 +35,40 @@ class Shuffles:
 
     def __init__(self, size: int, seed: int) -> None:
         self._size, self._seed = size, seed
-        self._kept = max(2, _KEPT // rounds_to_reach(size))
+        self._length = min(_LONGEST, max(1, _NUMBERS // size))
+        self._kept = max(2, _KEPT // (self._length * rounds_to_reach(size)))
+        self._sorted = np.tile(np.arange(size), (self._length, 1))
         self._blocks: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
-        self._number = -1
-        self._lists: tuple[list[list[int]], list[list[int]]] = ([], [])
 
     def _block(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Shuffles from ``_BLOCK * number`` on: ranks by place, and places by rank."""
+        """Block `number` of shuffles: ranks by place, and places by rank."""
         if number not in self._blocks:
             if len(self._blocks) == self._kept:
                 del self._blocks[min(self._blocks)]
-            places = np.tile(np.arange(self._size), (_BLOCK, 1))
+            places = self._sorted
             ranks = np.random.default_rng((self._seed, number)).permuted(places, axis=1)
             places_of = np.empty_like(ranks)
-            places_of[np.arange(_BLOCK)[:, None], ranks] = places
+            places_of[np.arange(self._length)[:, None], ranks] = places
             self._blocks[number] = ranks, places_of
         return self._blocks[number]
 
-    def at(self, turn: int) -> tuple[list[int], list[int]]:
+    def at(self, turn: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Which rank stands at each place in shuffle `turn`, and each rank's place."""
-        number, index = divmod(turn, _BLOCK)
-        if number != self._number:
-            ranks_at, places_of = self._block(number)
-            self._number, self._lists = number, (ranks_at.tolist(), places_of.tolist())
-        return self._lists[0][index], self._lists[1][index]
+        number, index = divmod(turn, self._length)
+        ranks_at, places_of = self._block(number)
+        return ranks_at[index], places_of[index]
 
     def many(
         self, turns: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Two tables as `at`, and the row in them of each of `turns`."""
-        numbers, rows = np.divmod(turns, _BLOCK)
+        numbers, rows = np.divmod(turns, self._length)
         distinct, which = np.unique(numbers, return_inverse=True)
         blocks = [self._block(number) for number in distinct.tolist()]
         if len(blocks) == 1:
             return (*blocks[0], rows)
         ranks_at, places_of = (np.concatenate(each) for each in zip(*blocks, strict=True))
-        return ranks_at, places_of, rows + _BLOCK * which
+        return ranks_at, places_of, rows + self._length * which
 
 
 class Rotated:
@@ -107,10 +106,10 @@ class Rotated:
         """The part of `rank` in `step`."""
         check_place(self, rank, step)
         rank_at, place_of = self._shuffles.at(step // self.period)
-        place = self.inner.round(place_of[rank], step)
+        place = self.inner.round(int(place_of[rank]), step)
         return Round(
-            None if place.to is None else rank_at[place.to],
-            None if place.sender is None else rank_at[place.sender],
+            None if place.to is None else int(rank_at[place.to]),
+            None if place.sender is None else int(rank_at[place.sender]),
             place.weight,
         )
 
@@ -168,10 +167,10 @@ class RandomMatching:
         """The part of `rank` in `step`: to and from the same partner, or alone."""
         check_place(self, rank, step)
         rank_at, place_of = self._shuffles.at(step)
-        place = place_of[rank] ^ 1
+        place = int(place_of[rank]) ^ 1
         if place == self._size:
             return ALONE
-        partner = rank_at[place]
+        partner = int(rank_at[place])
         return Round(partner, partner)
 
     def describe(self) -> str:
