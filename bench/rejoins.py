@@ -148,8 +148,10 @@ class Job:
             self.tail = [*self.tail[-30:], f"rank {rank}: {line}"]
 
 
-def run(transport: str, ranks: int, cycles: int, seed: int) -> dict[str, Any]:
-    """One job of `cycles` kills and returns; the row."""
+def run(
+    transport: str, ranks: int, cycles: int, seed: int, undisturbed: bool = True
+) -> dict[str, Any]:
+    """One job of `cycles` kills and returns, and one that is left `undisturbed`; the row."""
     job = Job(transport, ranks, cycles, seed)
     with ended(job.agents):
         job.start()
@@ -164,7 +166,7 @@ def run(transport: str, ranks: int, cycles: int, seed: int) -> dict[str, Any]:
         print("\n".join(job.tail), flush=True)
     stalls = sorted(end["longest_s"] for end in job.ends.values())
     steps = max((end["steps"] for end in job.ends.values()), default=0)
-    calm = train(transport, ranks, min(steps, 2000), seed, 0) if steps else None
+    calm = train(transport, ranks, min(steps, 2000), seed, 0) if undisturbed and steps else None
     if calm is not None and not calm.survived:
         raise BenchError(f"bench rejoins: an undisturbed job failed: {calm.failures}")
     return {

@@ -262,8 +262,7 @@ def _drive(engine: Any, mailbox: Any, shared: bool) -> None:
     if part == 0:
         ops.progress(engine[w.WORKER])
     elif part <= 2 and jit.load_acquire(mailbox, w.STATE) == w.ACTIVE:
-        floats = jit.view_float64(engine[w.FLOAT_TABLE], w.FLOATS)
-        rounds.advance(engine, mailbox, floats, part == 1 and rounds.may_put(engine, mailbox))
+        rounds.advance(engine, mailbox, part == 1 and rounds.may_put(engine, mailbox))
     else:
         drive.drive_once(engine)
 

@@ -45,6 +45,13 @@ jit.compiled_as(loose_add, lambda left, right: _loose_add(left, right))
 
 
 @jit.njit
+def copy_block(dst: Any, src: Any) -> None:
+    """``dst[:] = src`` of one length, without what numba compiles to say that it is not one."""
+    for i in range(len(dst)):
+        dst[i] = src[i]
+
+
+@jit.njit
 def mix_block(dst: Any, src: Any, alpha: Any) -> float:
     """Mix one block; the sum of its squared differences, added up in the arrays' precision."""
     total = alpha - alpha  # zero of the arrays' dtype
@@ -67,7 +74,7 @@ def mix(dst: Any, src: Any, alpha: Any) -> float:
         block_dst, block_src = dst[start : start + BLOCK], src[start : start + BLOCK]
         distance += mix_block(block_dst, block_src, alpha)
         if alpha == 1:
-            block_dst[:] = block_src
+            copy_block(block_dst, block_src)
     return distance
 
 
@@ -156,12 +163,12 @@ def mix_whole(dst: Any, src: Any, alpha: Any, undo: Any) -> float:
         block_dst, block_src = dst[start : start + BLOCK], src[start : start + BLOCK]
         distance += kept_mix_block(block_dst, block_src, alpha, undo[start : start + BLOCK])
         if alpha == 1:
-            block_dst[:] = block_src
+            copy_block(block_dst, block_src)
     if not np.isfinite(distance):
         before = undo[: len(dst)]
         found = spoiled(before, src)
         if found:
-            dst[:] = before
+            copy_block(dst, before)
             return -float(found)
     return distance
 

@@ -8,13 +8,16 @@ import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any
 
 import pytest
 from hypothesis import settings
 
+import forked
 import ucxgossip as ug
 from ucxgossip import trust
+from ucxgossip.bench import kills, spawn
 
 DEADLINE = 60.0
 
@@ -92,6 +95,13 @@ def as_ranks() -> Callable[..., list[Any]]:
     return run
 
 
+@lru_cache(maxsize=1)
+def compiled() -> None:
+    """Compile what is not in the cache, which may take longer than a test's deadline."""
+    with ug.join(0, 1):
+        pass
+
+
 @pytest.fixture
 def job(as_ranks: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     """Run ``body(group)`` on `size` ranks that join over a store in memory; what each returned.
@@ -108,6 +118,7 @@ def job(as_ranks: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
         tuning: ug.Tuning | None = None,
         verify: bool = False,
     ) -> list[Any]:
+        compiled()
         store = MemoryStore()  # a test may run several jobs
 
         def rank(number: int) -> Any:
@@ -149,3 +160,10 @@ def python() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture
+def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that `bench.spawn` starts are forks of a process that has imported torch."""
+    for module in (spawn, kills):
+        monkeypatch.setattr(module, "start_rank", forked.start_rank)

@@ -17,7 +17,7 @@ from ucxgossip.bench.spawn import run_ranks
 from ucxgossip.cli import main
 from ucxgossip.errors import ArgumentError, BenchError
 
-pytestmark = pytest.mark.spawn
+pytestmark = [pytest.mark.spawn, pytest.mark.usefixtures("forked_ranks")]
 
 pytest.importorskip("torch")
 

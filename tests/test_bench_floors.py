@@ -142,6 +142,7 @@ with gloo_job(deadline_s=60):
 
 
 @pytest.mark.spawn
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_means_of_ranks(ranks: int) -> None:
     pytest.importorskip("torch")

@@ -6,7 +6,7 @@ import pytest
 
 from ucxgossip.bench.spawn import run_ranks
 
-pytestmark = pytest.mark.spawn
+pytestmark = [pytest.mark.spawn, pytest.mark.usefixtures("forked_ranks")]
 
 pytest.importorskip("torch")
 

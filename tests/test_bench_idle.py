@@ -38,6 +38,7 @@ def test_bad_arguments_start_nothing(changed: dict[str, Any], word: str) -> None
 
 
 @pytest.mark.spawn
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("transport", ["tcp", "shm"])
 def test_command(transport: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.json"

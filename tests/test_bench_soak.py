@@ -44,6 +44,7 @@ def test_chunks_of_every_transport_are_whole(
 
 
 @pytest.mark.spawn
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize(("transport", "way"), [("tcp", "processes"), ("shm", "stops")])
 def test_chunks_between_processes_are_whole(transport: str, way: str) -> None:
     case = replace(CASE, transport=transport, way=way, ranks=3, depth=2)
@@ -60,6 +61,7 @@ while "State:\\tT" not in open(f"/proc/{os.getppid()}/status").read():
 
 
 @pytest.mark.spawn
+@pytest.mark.usefixtures("forked_ranks")
 def test_a_process_is_stopped_at_random_and_goes_on() -> None:
     """Another child sees it stopped; the one that stops it is gone afterwards."""
     children = Path(f"/proc/self/task/{os.getpid()}/children")
@@ -71,6 +73,7 @@ def test_a_process_is_stopped_at_random_and_goes_on() -> None:
 
 
 @pytest.mark.spawn
+@pytest.mark.usefixtures("forked_ranks")
 def test_exchanges_leave_nothing_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.json"
     arguments = ["exchanges", "--exchanges", "3000", "--transport", "shm", "--json", str(path)]

@@ -72,6 +72,7 @@ def test_places(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.spawn
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize(
     ("transport", "cores", "model"), [("tcp", None, "gpt"), ("shm", 2, "convnet")]
 )

@@ -64,6 +64,7 @@ def test_bad_arguments_start_nothing(changed: dict[str, Any], word: str) -> None
 
 
 @pytest.mark.spawn
+@pytest.mark.usefixtures("forked_ranks")
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("sklearn")
     path, methods = tmp_path / "rows.json", "allreduce,gossip-both-atc+stale1,gossip-push_sum"

@@ -45,6 +45,7 @@ SERVED = (
 
 @pytest.mark.slow
 @pytest.mark.spawn
+@pytest.mark.usefixtures("forked_ranks")
 @pytest.mark.parametrize("ranks", [3])
 def test_real_ranks_equal_the_simulation(ranks: int, tmp_path: Path) -> None:
     setting = Setting(
@@ -82,6 +83,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.spawn
+@pytest.mark.usefixtures("forked_ranks")
 def test_real_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "train.json"
     command = ["bench", "train", "--ranks", "2", "--steps", "4", "--batch", "4", "--seeds", "1"]
@@ -163,6 +165,7 @@ def test_bad_input(
 
 
 @pytest.mark.spawn
+@pytest.mark.usefixtures("forked_ranks")
 def test_a_rank_that_fails_is_named() -> None:
     runs = [Run(parse("gossip-deferred"), Setting(2, steps=1))]
     with pytest.raises(BenchError, match="has no real form"):

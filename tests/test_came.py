@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 from torch.distributed import TCPStore
 
+from forked import Forked
 from ucxgossip.bench import rejoins
 from ucxgossip.bench.spawn import ended, free_port, lines, rank_environment
 from ucxgossip.trust import new_token
@@ -36,8 +35,8 @@ class Ranks:
         self.store = TCPStore(
             "127.0.0.1", self.port, is_master=True, timeout=timedelta(seconds=DEADLINE_S)
         )
-        self.all: list[subprocess.Popen[bytes]] = []
-        self.now: dict[int, subprocess.Popen[bytes]] = {}
+        self.all: list[Forked] = []
+        self.now: dict[int, Forked] = {}
         self.said: list[str] = []
         self.steps: dict[int, int] = {}
         self.marks: dict[int, int] = {}
@@ -53,13 +52,7 @@ class Ranks:
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
                 **self.variables,
             }
-            self.now[rank] = subprocess.Popen(
-                [sys.executable, *self.arguments],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=self._write,
-                stderr=self._write,
-            )
+            self.now[rank] = Forked(self.arguments, environment, self._write)
             self.all.append(self.now[rank])
 
     def kill(self, *ranks: int) -> None:
@@ -270,6 +263,6 @@ def test_a_note_of_a_job_that_is_gone_counts_for_nothing() -> None:
 
 def test_torchrun_starts_a_killed_worker_again() -> None:
     """The short form of `bench rejoins`."""
-    row = rejoins.run("tcp", ranks=3, cycles=1, seed=0)
+    row = rejoins.run("tcp", ranks=3, cycles=1, seed=0, undisturbed=False)
     assert row["rejoined"] == 1, row
     assert row["accuracy"] > 50.0

@@ -13,7 +13,7 @@ from ucxgossip import trust
 from ucxgossip.cli import main
 from ucxgossip.doctor import advise, parse_protocols
 
-pytestmark = pytest.mark.spawn
+pytestmark = [pytest.mark.spawn, pytest.mark.usefixtures("forked_ranks")]
 
 PUT_KEYS = {
     "bench",

@@ -84,7 +84,7 @@ class Duel:
             ops.progress(int(engine.words[w.WORKER]))
         elif row[w.STATE] == w.ACTIVE:
             turn = how == MOVE_AND_PUT and rounds.may_put(engine.words, row)
-            rounds.advance(engine.words, row, engine.floats[0], bool(turn))
+            rounds.advance(engine.words, row, bool(turn))
         for each in (0, 1):
             if each != self.gone:
                 self.check(each)

@@ -615,6 +615,17 @@ def test_warm_up_keeps_what_the_same_sources_left(scratch: Any) -> None:
         assert names(folder, "*") == before | {"other.f-1.py311.nbi"}
 
 
+def test_warm_up_of_another_part_keeps_the_first(scratch: Any) -> None:
+    folder = Path(scratch.f.stats.cache_path)
+    with jit.warm_up(scratch.f):
+        scratch.f(1)
+    before = names(folder, "*")
+    with jit.warm_up(scratch.f, part="more"):
+        scratch.f(1.0)
+    assert before < names(folder, "*")
+    assert len(names(folder, "ucxgossip-*.warm")) == 2
+
+
 def test_warm_up_that_failed_is_done_again(scratch: Any) -> None:
     folder = Path(scratch.f.stats.cache_path)
     with pytest.raises(ZeroDivisionError), jit.warm_up(scratch.f):

@@ -10,7 +10,7 @@ import pytest
 from ucxgossip.bench.spawn import run_ranks
 from ucxgossip.errors import BenchError
 
-pytestmark = pytest.mark.spawn
+pytestmark = [pytest.mark.spawn, pytest.mark.usefixtures("forked_ranks")]
 SCRIPT = str(Path(__file__).with_name("ranks.py"))
 DEADLINE_S = 100.0
 

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -61,12 +62,17 @@ def compile_ahead(function: Any, signature: Any) -> Any:
     return function if INTERPRETED else function.compile(signature)
 
 
+_C_RESULTS = {types.int8: ctypes.c_int8, types.int32: ctypes.c_int32}
+
+
+@cache
 def c_callback(function: Any, signature: Any) -> Any:
-    """`function` as a C function of integers: an object with `address`, to be kept alive."""
+    """`function` as a C function of integers: an object with `address`, kept for good."""
     if not INTERPRETED:
-        return _cfunc(signature, nopython=True, cache=True)(function.py_func)
-    count = len(signature.args)
-    callback: Any = ctypes.CFUNCTYPE(ctypes.c_int8, *(ctypes.c_int64,) * count)(function)
+        compiled = _cfunc(signature, nopython=True, cache=True, error_model="numpy")
+        return compiled(function.py_func)
+    result = _C_RESULTS[signature.return_type]
+    callback: Any = ctypes.CFUNCTYPE(result, *(ctypes.c_int64,) * len(signature.args))(function)
     callback.address = ctypes.cast(callback, ctypes.c_void_p).value
     return callback
 
@@ -244,6 +250,11 @@ def _call(typingctx: Any, address: Any, arguments: Any) -> Any:
         return builder.sext(found, word)
 
     return types.int64(types.int64, tuple_of(types.int64, count)), codegen
+
+
+def words_in(count: int) -> Any:
+    """The signature, for `c_callback`, of a C function of `count` words that `call` can call."""
+    return types.int32(*(types.int64,) * count)
 
 
 def call(address: int, arguments: tuple[int, ...]) -> int:
@@ -523,18 +534,21 @@ def _digest() -> str:
 
 
 @contextmanager
-def warm_up(*compiled: Any) -> Iterator[None]:
+def warm_up(*compiled: Any, part: str = "core") -> Iterator[None]:
     """Run the first calls of `compiled` functions so that one process of a machine compiles.
 
     The first process to come compiles under a file lock, the others wait and load what it wrote.
     numba keys its cache by the file of each function alone, so code that calls changed functions
     of another file would be stale: the caches of other sources are removed first.
+
+    part: names what is compiled here, where the same folders get more at another time.
     """
     if INTERPRETED:
         yield
         return
     folders = {Path(function.stats.cache_path) for function in compiled}
-    marker = min(folders) / f"ucxgossip-{_digest()}.warm"
+    digest = _digest()
+    marker = min(folders) / f"ucxgossip-{digest}-{part}.warm"
     if marker.exists():
         yield
         return
@@ -543,7 +557,7 @@ def warm_up(*compiled: Any) -> Iterator[None]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if marker.exists():
             fcntl.flock(lock, fcntl.LOCK_UN)
-        else:
+        elif not any(marker.parent.glob(f"ucxgossip-{digest}-*.warm")):
             for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
                 for stale in (*folder.glob("*.nb[ic]"), *folder.glob("ucxgossip-*.warm")):

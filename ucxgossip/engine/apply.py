@@ -12,6 +12,7 @@ import numpy as np
 
 from ucxgossip import jit
 from ucxgossip.engine import words as w
+from ucxgossip.engine.handlers import mailbox_floats, mailbox_words
 from ucxgossip.kernels.cpu import CAME_IN, OWN, delta, delta_whole, mix, mix_whole
 
 
@@ -59,9 +60,24 @@ def _apply_whole(mailbox: Any, floats: Any, target: int, source: int, nbytes: in
         floats[w.DISTANCE] += found
 
 
-@jit.njit
-def apply(mailbox: Any, floats: Any, target: int, source: int, nbytes: int) -> None:
+def apply(engine: Any, mailbox: Any, target: int, source: int, nbytes: int) -> None:
     """Mix or copy one arrived chunk into the target."""
+    apply_at(engine[w.ADDRESS], mailbox[w.INDEX], target, source, nbytes)
+
+
+jit.compiled_as(
+    apply,
+    lambda engine, mailbox, target, source, nbytes: jit.call(
+        engine[w.APPLY], (engine[w.ADDRESS], mailbox[w.INDEX], target, source, nbytes)
+    ),
+)
+
+
+@jit.njit
+def apply_at(address: int, index: int, target: int, source: int, nbytes: int) -> int:
+    """As `apply`, to mailbox `index` of the engine whose words are at `address`: 0."""
+    engine = jit.view_words(address, w.ENGINE_WORDS)
+    mailbox, floats = mailbox_words(engine, index), mailbox_floats(engine, index)
     operation = mailbox[w.OPERATION]
     if mailbox[w.WHOLE] != 0 and operation != w.COPY:
         _apply_whole(mailbox, floats, target, source, nbytes)
@@ -91,3 +107,4 @@ def apply(mailbox: Any, floats: Any, target: int, source: int, nbytes: int) -> N
         )
     else:
         jit.copy_memory(target, source, nbytes)
+    return 0

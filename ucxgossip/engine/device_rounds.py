@@ -43,6 +43,7 @@ from ucxgossip.engine import credits, rounds, sending
 from ucxgossip.engine import words as w
 from ucxgossip.engine.checks import intact
 from ucxgossip.engine.handlers import (
+    mailbox_floats,
     mailbox_words,
     place_of,
     place_offset,
@@ -452,12 +453,30 @@ def _awaits_device(mailbox: Any, device: Any) -> bool:
     )
 
 
-@jit.njit
-def advance_device(engine: Any, mailbox: Any, floats: Any, turn: bool) -> int:
+def advance_device(engine: Any, index: int, turn: bool) -> int:
     """Move the active round of a mailbox on a device as far as it goes now; as `rounds.advance`.
 
     turn: whether it may put a chunk now, where `may_put` and `staged` said so.
     """
+    return advance_at(engine[w.ADDRESS], index, turn)
+
+
+jit.compiled_as(
+    advance_device,
+    lambda engine, index, turn: jit.call(
+        engine[w.ADVANCE_DEVICE], (engine[w.ADDRESS], index, int(turn))
+    ),
+)
+
+
+@jit.njit
+def advance_at(address: int, index: int, turn: int) -> int:
+    """As `advance_device`, of the engine whose words are at `address`.
+
+    Called by its address, so that it need be compiled only where there is a device.
+    """
+    engine = jit.view_words(address, w.ENGINE_WORDS)
+    mailbox, floats = mailbox_words(engine, index), mailbox_floats(engine, index)
     device = words_of(mailbox)
     if device[ROUND_TURN] != mailbox[w.TURN]:
         device[SOURCE] = mailbox[w.SOURCE]
@@ -476,7 +495,7 @@ def advance_device(engine: Any, mailbox: Any, floats: Any, turn: bool) -> int:
     status = t.push(table, mode)
     if status != 0:
         return _broken(mailbox, status)
-    moved = _step(engine, mailbox, floats, device, table, turn)
+    moved = _step(engine, mailbox, floats, device, table, turn != 0)
     t.pop(table, mode)
     if mailbox[w.STATE] == w.ACTIVE and _awaits_device(mailbox, device):
         engine[w.NAPS] = 1

@@ -25,7 +25,7 @@ from typing import Any
 from ucxgossip import jit
 from ucxgossip.engine import words as w
 from ucxgossip.engine.device_rounds import advance_device, launched, staged
-from ucxgossip.engine.handlers import all_seen, mailbox_floats, mailbox_words
+from ucxgossip.engine.handlers import all_seen, mailbox_words
 from ucxgossip.engine.rounds import advance, may_put
 from ucxgossip.ucp import ops
 
@@ -122,19 +122,31 @@ def drive_once(engine: Any) -> int:
     return _move(engine, ops.progress(engine[w.WORKER]))
 
 
-@jit.njit
 def _move(engine: Any, moved: int) -> int:
     """The rounds' part of a pass; moved: what UCX's progress returned."""
+    return move_rounds(engine[w.ADDRESS], moved)
+
+
+jit.compiled_as(_move, lambda engine, moved: jit.call(engine[w.MOVE], (engine[w.ADDRESS], moved)))
+
+
+@jit.njit
+def move_rounds(address: int, moved: int) -> int:
+    """As `_move`, of the engine whose words are at `address`.
+
+    All that compiled code does for a round is in here. LLVM optimises what a function calls anew
+    with every function that calls it, so those who drive call this one by its address.
+    """
+    engine = jit.view_words(address, w.ENGINE_WORDS)
     chosen = _whose_turn(engine)
     engine[w.NAPS] = 0
     for index in range(engine[w.MAILBOXES]):
         mailbox = mailbox_words(engine, index)
         if jit.load_acquire(mailbox, w.STATE) == w.ACTIVE:
-            floats, turn = mailbox_floats(engine, index), index == chosen
             if mailbox[w.DEVICE] == 0:
-                moved += advance(engine, mailbox, floats, turn)
+                moved += advance(engine, mailbox, index == chosen)
             else:
-                moved += advance_device(engine, mailbox, floats, turn)
+                moved += advance_device(engine, index, index == chosen)
     if moved:
         if engine[w.DOZING]:
             _doze(engine, 0)

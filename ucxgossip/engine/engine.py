@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from ucxgossip import forks, jit
 from ucxgossip.device import Device
-from ucxgossip.engine import drive, handlers, itinerary, rounds
+from ucxgossip.engine import device_rounds, drive, handlers, itinerary, rounds
 from ucxgossip.engine import words as w
+from ucxgossip.engine.apply import apply_at
 from ucxgossip.engine.post import Post
 from ucxgossip.engine.staging import Staging
 from ucxgossip.errors import ArgumentError, DeviceError, ExchangeError, ExchangeTimeoutError
@@ -117,6 +118,8 @@ class Engine:
         self._fill(ring)
         with jit.warm_up(drive.run, mix):
             self._callbacks = handlers.callbacks()
+            self._set_function(w.APPLY, apply_at, 5)
+            self._set_function(w.MOVE, drive.move_rounds, 2)
             self.words[w.STOP] = 1
             drive.run(self.words)
             drive.drive(self.words, -1, jit.now_ns() + _LOCK_NS)
@@ -128,6 +131,10 @@ class Engine:
         context.before_close(self.close)
         self._set_handlers()
 
+    def _set_function(self, word: int, function: object, count: int) -> None:
+        """Have compiled code call `function` of `count` words by its address in `word`."""
+        self.words[word] = jit.c_callback(function, jit.words_in(count)).address
+
     def _set_handlers(self) -> None:
         self.worker.before_close(self.close)
         for ident, callback in self._callbacks.items():
@@ -135,6 +142,7 @@ class Engine:
 
     def _fill(self, ring: bool) -> None:
         words = self.words
+        words[w.ADDRESS] = self.address
         words[w.WORKER] = self.worker.handle
         words[w.EVENT_FD] = self.worker.event_fd
         words[w.ENGINE_FD] = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -263,6 +271,8 @@ class Engine:
         says when they may be read. `DeviceError` where the device refuses. Untested on hardware.
         """
         self._check_open()
+        with jit.warm_up(drive.run, mix, part="device"):
+            self._set_function(w.ADVANCE_DEVICE, device_rounds.advance_at, 3)
         with self.locked():
             staging = Staging(self.context, mailbox, device)
             self.stagings[mailbox.index] = staging

@@ -7,7 +7,6 @@ header that does not fit is counted and dropped before any memory is touched.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 from numba import types
@@ -194,8 +193,7 @@ _word = types.int64
 _SIGNATURE = types.int8(_word, _word, _word, _word, _word, _word)
 
 
-@lru_cache(maxsize=1)
 def callbacks() -> dict[int, Any]:
-    """C functions of the handlers by message id; keep them as long as a worker lives."""
+    """C functions of the handlers by message id."""
     table = {w.AM_DATA: on_data, w.AM_CREDIT: on_credit, w.AM_BELL: on_bell}
     return {ident: jit.c_callback(handler, _SIGNATURE) for ident, handler in table.items()}

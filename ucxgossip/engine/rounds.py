@@ -100,18 +100,18 @@ def reap(mailbox: Any) -> int:
 
 
 @jit.njit
-def _apply_pieces(mailbox: Any, floats: Any, offset: int, nbytes: int, came: int) -> None:
+def _apply_pieces(engine: Any, mailbox: Any, offset: int, nbytes: int, came: int) -> None:
     """Mix the chunk at `came` into the arrays of the target that it belongs to."""
     target = mailbox[w.TARGET]
     array, done = array_at(target, offset), 0
     while done < nbytes:
         address, length = piece_at(target, array, offset + done, nbytes - done)
-        apply(mailbox, floats, address, came + done, length)
+        apply(engine, mailbox, address, came + done, length)
         array, done = array + 1, done + length
 
 
 @jit.njit
-def _mix_next(engine: Any, mailbox: Any, floats: Any) -> int:
+def _mix_next(engine: Any, mailbox: Any) -> int:
     """Mix the next chunk if it has arrived and its own copy has left; 1 if it did."""
     part = mailbox[w.MIXED]
     if mailbox[w.FROM] < 0 or part == mailbox[w.PARTS] or mailbox[w.HELD]:
@@ -126,9 +126,9 @@ def _mix_next(engine: Any, mailbox: Any, floats: Any) -> int:
     if not intact(engine, mailbox, mailbox[w.ROUND], part, came, nbytes):
         return fail(mailbox, w.CORRUPT)
     if mailbox[w.SCATTERED]:
-        _apply_pieces(mailbox, floats, offset, nbytes, came)
+        _apply_pieces(engine, mailbox, offset, nbytes, came)
     else:
-        apply(mailbox, floats, mailbox[w.TARGET] + offset, came, nbytes)
+        apply(engine, mailbox, mailbox[w.TARGET] + offset, came, nbytes)
     mailbox[w.MIXED] = part + 1
     return 1
 
@@ -153,7 +153,7 @@ def finish(engine: Any, mailbox: Any) -> int:
 
 
 @jit.njit
-def advance(engine: Any, mailbox: Any, floats: Any, turn: bool) -> int:
+def advance(engine: Any, mailbox: Any, turn: bool) -> int:
     """Move the active round of `mailbox` as far as it goes now; non-zero if anything moved.
 
     turn: whether it may put a chunk now, where `may_put` said so.
@@ -170,7 +170,7 @@ def advance(engine: Any, mailbox: Any, floats: Any, turn: bool) -> int:
     moved += reap(mailbox)
     if mailbox[w.STATE] == w.FAILED:
         return moved
-    moved += _mix_next(engine, mailbox, floats)
+    moved += _mix_next(engine, mailbox)
     return moved + finish(engine, mailbox)
 
 

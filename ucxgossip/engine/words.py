@@ -46,6 +46,12 @@ BELLS = 45  # bells sent
 NAPS = 46  # 1 where a device works for a round: nobody is woken when it is done
 SHORT_PARAM = 47  # as EAGER_PARAM, of those up to SHORT bytes
 STOP = 48  # 1 ends the engine thread
+ADDRESS = 49  # of these words
+MOVE, APPLY, ADVANCE_DEVICE = (
+    50,
+    51,
+    52,
+)  # addresses of C functions; 0: not compiled so far
 UNSEEN = 56  # bells whose signal was not visible yet; (mailbox, round, chunk) triples follow
 UNSEEN_MAX = 64
 HEADER_COPY = UNSEEN + 1 + 3 * UNSEEN_MAX  # an aligned copy of the header being handled
