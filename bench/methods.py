@@ -32,6 +32,7 @@ OPTIONS = {
     "staleN": "what is put in one step is mixed up to N later (simulated: weights only, exactly N)",
     "globalH": "the exact mean of all as well, in every H-th step",
     "localK": "rounds in every K-th step only",
+    "bucketN": "tensors travel in buckets of N KiB (simulated: no difference)",
     "noise": "Adam's second moment without the noise that an all-reduce would average away",
     "shuffle": "samples go round the ring of ranks, as gossip.shuffled does (simulation only)",
     "dropF": "each put is left out with probability F (simulation only)",
@@ -42,6 +43,7 @@ _FIELDS = {
     "stale": "staleness",
     "global": "global_every",
     "local": "local_steps",
+    "bucket": "bucket_kib",
     "drop": "drop",
     "shift": "shift",
 }
@@ -53,7 +55,7 @@ class Method:
 
     mix: what travels ("both", "weights", "gradients", "push_sum", or "" where there is no
     gossip); combine: when the weights are averaged ("atc", "awc", "deferred"). The other fields
-    are what `OPTIONS` says; shift None: as `attach` does.
+    are what `OPTIONS` says; shift, bucket_kib None: as `attach` does.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Method:
     shift: int | None = None
     noise: bool = False
     shuffle: bool = False
+    bucket_kib: int | None = None
 
     @property
     def gossips(self) -> bool:
@@ -129,6 +132,8 @@ def _check(method: Method) -> None:
         wrong = "push-sum moves weights only"
     elif method.noise and (method.mix != "both" or method.staleness or method.local_steps > 1):
         wrong = "+noise goes with both, in every step"
+    elif method.bucket_kib == 0:
+        wrong = "+bucketN starts at 1"
     elif method.local_steps < 1:
         wrong = "+localK starts at 1"
     elif method.drop > 1:

@@ -28,6 +28,7 @@ from ucxgossip.bench.setting import Outcome, Setting, consensus, make_optimizer
 from ucxgossip.errors import ArgumentError
 from ucxgossip.group import Group, join
 from ucxgossip.torch_hook import Gossip, attach
+from ucxgossip.torch_hook.attach import BUCKET_BYTES
 
 _TIMEOUT_S = 120.0
 
@@ -85,6 +86,7 @@ def trained_by(
             local_steps=method.local_steps,
             global_average_every=method.global_every or None,
             noise_correction=method.noise,
+            bucket_bytes=BUCKET_BYTES if method.bucket_kib is None else method.bucket_kib << 10,
         ) as gossip:
             yield Replica(model, model, gossip)
 

@@ -15,6 +15,7 @@ def test_names() -> None:
     assert parse(name) == Method(name, "weights", "atc", True, 2, 4, 32)
     assert parse("gossip-push_sum+drop0.1").drop == 0.1
     assert parse("gossip-both-atc+shift2").shift == 2
+    assert parse("gossip-both-atc+bucket256").bucket_kib == 256
     assert not parse("gossip-both-atc").simulated_only
     for base in BASES:
         assert parse(base).gossips
@@ -58,6 +59,7 @@ def test_unknown(name: str) -> None:
         ("gossip-both-awc+stale1", "weights-atc only"),
         ("gossip-push_sum+stale1", "weights-atc only"),
         ("gossip-both-atc+local0", "starts at 1"),
+        ("gossip-both-atc+bucket0", "starts at 1"),
         ("gossip-both-atc+drop2", "probability"),
     ],
 )

@@ -33,7 +33,7 @@ SERVED = (
     "gossip-weights-atc",
     "gossip-weights-awc",
     "gossip-gradients",
-    "gossip-both-atc+state",
+    "gossip-both-atc+state+bucket1",
     "gossip-both-awc+state",
     "gossip-weights-atc+stale1",
     "gossip-weights-atc+local2",
