@@ -1,7 +1,8 @@
 """Processes of a test as forks of one that has imported torch, which is most of a short one's time.
 
-What a fork inherits is modules alone: no group, no UCX context, no thread. Tests of what happens
-when Python starts or ends (torchrun, `bench.spawn`, start-up) start interpreters of their own.
+The process that forks has modules and nothing else: no group, no UCX context, no thread. But forks
+have one layout of memory and one seed of hashes, and end by ``os._exit``; so some tests start
+interpreters of their own (test_spawn's `verified`, torchrun, `bench.spawn`, start-up).
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import IO, Any
 from unittest import mock
 
@@ -22,9 +27,17 @@ import torch
 from ucxgossip.bench.spawn import start_rank as _start_rank
 
 _context = multiprocessing.get_context("forkserver")
-# With "__main__", which is pytest, or each fork would import that anew.
-_PRELOADED = ["__main__", "forked", "torch.distributed", "torch._dynamo", "ucxgossip.mixing"]
-_context.set_forkserver_preload(_PRELOADED)
+# pytest is what each fork takes for its main module; optimizers import torch._dynamo.
+_PRELOADED = ["pytest", "forked", "torch.distributed", "torch._dynamo", "ucxgossip.mixing"]
+
+
+@lru_cache(maxsize=1)
+def _start_server() -> None:
+    """Start the process that forks; it finds this module, and torch has one thread there."""
+    _context.set_forkserver_preload(_PRELOADED)
+    folders = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1", "PYTHONPATH": folders}):
+        forkserver.ensure_running()
 
 
 def _run(arguments: Sequence[str], environment: Mapping[str, str], ends: list[Connection]) -> None:
@@ -79,8 +92,8 @@ class Forked:
         try:
             given = (list(arguments), dict(environment), ends)
             self._process = _context.Process(target=_run, args=given, daemon=True)
-            with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
-                self._process.start()
+            _start_server()
+            self._process.start()
         finally:
             for end in ends:
                 end.close()
@@ -105,7 +118,8 @@ class Forked:
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):  # it has ended since, and somebody else reaped it
+                os.kill(self.pid, number)
 
     def terminate(self) -> None:
         self._process.terminate()

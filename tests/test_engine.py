@@ -769,23 +769,56 @@ def test_close_is_idempotent_and_final(transport: str) -> None:
     context.close()
 
 
-def test_descriptors_stay_open_until_the_last_kick(
-    transport: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what other threads do."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, "deadline"
+        os.sched_yield()
+
+
+def test_descriptors_stay_open_until_the_last_kick(transport: str) -> None:
     """A closed one's number may be another's by then."""
     context = Context(transport, {"NET_DEVICES": "lo"})
     engine = Engine(context, 0, 1, TUNING)
     engine.words[w.LEAVING] = 1  # as a thread that was held up in `drive.release`
-    found = []
-
-    def leave() -> None:
-        found.append(os.fstat(int(engine.words[w.ENGINE_FD])))
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    try:
+        until(lambda: bool(engine.words[w.SHUT]))
+        os.fstat(int(engine.words[w.ENGINE_FD]))
+        assert closing.is_alive()
+    finally:
         engine.words[w.LEAVING] = 0
-
-    monkeypatch.setattr(os, "sched_yield", leave)
-    engine.close()
-    assert len(found) == 1
+        closing.join(DEADLINE_S)
     context.close()
+
+
+@pytest.mark.skipif(jit.INTERPRETED, reason="the lock of the interpreted engine is no lock")
+@pytest.mark.parametrize("waiters", [1, 3])
+def test_who_waits_when_the_engine_is_closed_leaves(transport: str, waiters: int) -> None:
+    """Promptly, and before what it drives is gone; nobody is let in any more."""
+    pair = make_pair(transport, 4096, 2)
+    engine, box = pair.engines[0], pair.boxes[0]
+    pair.post(0, np.zeros(16))  # of which the other rank knows nothing
+    ended: list[bool] = []
+
+    def wait() -> None:
+        ended.append(engine.wait(box, 2 * DEADLINE_S))
+
+    threads = [threading.Thread(target=wait) for _ in range(waiters)]
+    for thread in threads:
+        thread.start()
+    until(lambda: int(engine.words[w.DRIVERS]) == waiters)
+    for each in pair.engines:
+        each.close()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    assert ended == [False] * waiters
+    assert engine.words[w.DRIVERS] == engine.words[w.LOCK] == 0
+    assert not drive.acquire(engine.words, jit.now_ns() + 10**12)
+    for each in pair.engines:
+        each.context.close()
 
 
 def test_too_many_mailboxes_is_a_named_error(transport: str) -> None:

@@ -533,6 +533,10 @@ def _digest() -> str:
     return digest.hexdigest()
 
 
+_DIGEST = _digest()
+"""Of the sources that this process has imported, or does: they may change while it runs."""
+
+
 @contextmanager
 def warm_up(*compiled: Any, part: str = "core") -> Iterator[None]:
     """Run the first calls of `compiled` functions so that one process of a machine compiles.
@@ -547,8 +551,7 @@ def warm_up(*compiled: Any, part: str = "core") -> Iterator[None]:
         yield
         return
     folders = {Path(function.stats.cache_path) for function in compiled}
-    digest = _digest()
-    marker = min(folders) / f"ucxgossip-{digest}-{part}.warm"
+    marker = min(folders) / f"ucxgossip-{_DIGEST}-{part}.warm"
     if marker.exists():
         yield
         return
@@ -557,7 +560,7 @@ def warm_up(*compiled: Any, part: str = "core") -> Iterator[None]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if marker.exists():
             fcntl.flock(lock, fcntl.LOCK_UN)
-        elif not any(marker.parent.glob(f"ucxgossip-{digest}-*.warm")):
+        elif not any(marker.parent.glob(f"ucxgossip-{_DIGEST}-*.warm")):
             for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
                 for stale in (*folder.glob("*.nb[ic]"), *folder.glob("ucxgossip-*.warm")):

@@ -197,7 +197,8 @@ class Posting(Partners):
             )
             parts = (found[0][:count], found[1][:count], weight * found[2][:count])
             mailbox.ahead.clear()
-            kept = (source, target, schedule)
+            # The words, so that no other engine's get their address while this is known by it.
+            kept = (source, target, schedule, self.engine.words)
             mailbox.itinerary = Itinerary(
                 self.engine.address,
                 mailbox.index,

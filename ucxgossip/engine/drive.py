@@ -43,16 +43,19 @@ SHORT, LONG = 1, 2
 def acquire(engine: Any, deadline_ns: int) -> bool:
     """Take the lock as a caller: the engine thread steps back. False when the deadline passed.
 
-    Pair each success with `release`.
+    Pair each success with `release`. False also after `shut`.
     """
-    if jit.fetch_add(engine, w.DRIVERS, 1) > 0:
+    others = jit.fetch_add(engine, w.DRIVERS, 1)
+    wanted = jit.load_acquire(engine, w.SHUT) == 0
+    if others > 0 and wanted:
         jit.kick(engine[w.DRIVER_FD])
-    while not jit.compare_swap(engine, w.LOCK, 0, 1):
+    while wanted:
+        if jit.compare_swap(engine, w.LOCK, 0, 1):
+            return True
         jit.yield_cpu()
-        if jit.now_ns() > deadline_ns:
-            jit.fetch_add(engine, w.DRIVERS, -1)
-            return False
-    return True
+        wanted = jit.load_acquire(engine, w.SHUT) == 0 and jit.now_ns() <= deadline_ns
+    jit.fetch_add(engine, w.DRIVERS, -1)
+    return False
 
 
 @jit.njit
@@ -70,6 +73,26 @@ def release(engine: Any) -> None:
     if wake or jit.load_acquire(engine, w.PARKED) == LONG:
         jit.kick(engine[w.ENGINE_FD])
     jit.fetch_add(engine, w.LEAVING, -1)
+
+
+@jit.njit
+def shut(engine: Any, deadline_ns: int) -> bool:
+    """Refuse callers from now on; whether those who drive have left before the deadline.
+
+    After the engine thread has ended, and before worker and descriptors are closed: a closed
+    descriptor's number may be another's soon, and a late kick would be written into that.
+    """
+    jit.fetch_add(engine, w.SHUT, 1)
+    while (
+        jit.load_acquire(engine, w.DRIVERS) > 0
+        or jit.load_acquire(engine, w.LEAVING) > 0
+        or jit.load_acquire(engine, w.LOCK) != 0
+    ):
+        if jit.now_ns() > deadline_ns:
+            return False
+        jit.kick(engine[w.DRIVER_FD])
+        jit.yield_cpu()
+    return True
 
 
 @jit.njit
@@ -239,7 +262,7 @@ def _drive(engine: Any, index: int, deadline_ns: int, launch: bool) -> bool:
         if engine[w.QUIET] <= engine[w.SPINS]:
             continue
         left = deadline_ns - jit.now_ns()
-        if left <= 0:
+        if left <= 0 or jit.load_acquire(engine, w.SHUT) != 0:
             ended = False
             break
         if jit.load_acquire(engine, w.DRIVERS) > 1:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+from numba import types
 from numpy.typing import NDArray
 
 from ucxgossip import forks, jit
@@ -125,6 +126,7 @@ class Engine:
             drive.drive(self.words, -1, jit.now_ns() + _LOCK_NS)
             drive.drive_launched(self.words, -1, jit.now_ns() + _LOCK_NS)
             self.words[w.STOP] = 0
+            jit.compile_ahead(drive.shut, types.boolean(types.int64[::1], types.int64))
             jit.compile_ahead(rounds.post, rounds.POST_SIGNATURE)
             self.post_next = jit.compile_ahead(itinerary.post, itinerary.SIGNATURE)
             self.exchange_next = jit.compile_ahead(itinerary.exchange, itinerary.SIGNATURE)
@@ -191,6 +193,7 @@ class Engine:
         """Hold the UCX worker, for calls of the control plane."""
         self._check_open()
         if not drive.acquire(self.words, jit.now_ns() + _LOCK_NS):
+            self._check_open()
             raise ExchangeError("the engine did not give the UCX worker back within 60 s")
         try:
             yield
@@ -271,13 +274,18 @@ class Engine:
         says when they may be read. `DeviceError` where the device refuses. Untested on hardware.
         """
         self._check_open()
-        with jit.warm_up(drive.run, mix, part="device"):
-            self._set_function(w.ADVANCE_DEVICE, device_rounds.advance_at, 3)
+        self.compile_for_devices()
         with self.locked():
             staging = Staging(self.context, mailbox, device)
             self.stagings[mailbox.index] = staging
             self.table[mailbox.index, w.DEVICE] = staging.words.ctypes.data
         return staging
+
+    def compile_for_devices(self) -> None:
+        """Compile what rounds on a device need, unless that was done; `equip` does."""
+        if self.words[w.ADVANCE_DEVICE] == 0:
+            with jit.warm_up(drive.run, mix, part="device"):
+                self._set_function(w.ADVANCE_DEVICE, device_rounds.advance_at, 3)
 
     def device_error(self, mailbox: Mailbox) -> DeviceError:
         """The error that says what the device returned in this mailbox's failed round."""
@@ -439,7 +447,7 @@ class Engine:
             now = jit.now_ns()
             if run(self.words, mailbox.index, min(deadline, now + _SLICE_NS)):
                 return True
-            if now >= deadline:
+            if now >= deadline or self._closed:
                 return False
 
     def flush(self, timeout: float) -> None:
@@ -468,7 +476,8 @@ class Engine:
 
     def _close(self) -> None:
         self._stop()
-        drive.acquire(self.words, jit.now_ns() + _CLOSE_NS)  # until another thread's wait returns
+        if not drive.shut(self.words, jit.now_ns() + _CLOSE_NS):
+            _log.warning("rank %d: a thread still drives the engine that is closed", self.rank)
         self._drop_requests()
         for endpoint in self.endpoints.values():
             endpoint.abandon()
@@ -478,9 +487,6 @@ class Engine:
         for mailbox in self.mailboxes:
             mailbox.close()
         self.worker.close()
-        deadline = jit.now_ns() + _CLOSE_NS
-        while self.words[w.LEAVING] and jit.now_ns() < deadline:
-            os.sched_yield()  # one that has given the lock back may still be about to kick
         os.close(int(self.words[w.ENGINE_FD]))
         os.close(int(self.words[w.DRIVER_FD]))
 

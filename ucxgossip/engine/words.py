@@ -47,11 +47,10 @@ NAPS = 46  # 1 where a device works for a round: nobody is woken when it is done
 SHORT_PARAM = 47  # as EAGER_PARAM, of those up to SHORT bytes
 STOP = 48  # 1 ends the engine thread
 ADDRESS = 49  # of these words
-MOVE, APPLY, ADVANCE_DEVICE = (
-    50,
-    51,
-    52,
-)  # addresses of C functions; 0: not compiled so far
+MOVE = 50  # address of `drive.move_rounds` as a C function
+APPLY = 51  # of `apply.apply_at`
+ADVANCE_DEVICE = 52  # of `device_rounds.advance_at`; 0: no device so far
+SHUT = 53  # not 0 once nobody may drive any more
 UNSEEN = 56  # bells whose signal was not visible yet; (mailbox, round, chunk) triples follow
 UNSEEN_MAX = 64
 HEADER_COPY = UNSEEN + 1 + 3 * UNSEEN_MAX  # an aligned copy of the header being handled
