@@ -28,7 +28,8 @@ test: .venv/ready build/compiled typed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy --strict -p ucxgossip
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile -m 'not spawn'
+	$(BIN)/pytest -m spawn
 
 bench: .venv/ready build/compiled
 	mkdir -p out

@@ -5,6 +5,7 @@ and kernels are ordered by streams as the fake's are) is left to the tests marke
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from copy import copy
 from typing import Any
@@ -527,7 +528,19 @@ def test_ways_are_left_once_all_has_gone_by_them(make: Callable[..., DevicePair]
     assert not engine.leave_ways(0.0) and both.stagings[0].ways == [1]
     both.pair.settle(0, 3)
     assert both.pair.word(0, w.SENT) < 8
-    assert engine.leave_ways(engines.DEADLINE_S)
+    left = threading.Event()
+
+    def serve() -> None:  # a connection over TCP that is not through yet takes both
+        while not left.is_set():
+            both.pair.step(1)
+
+    partner = threading.Thread(target=serve)
+    partner.start()
+    try:
+        assert engine.leave_ways(engines.DEADLINE_S)
+    finally:
+        left.set()
+        partner.join(engines.DEADLINE_S)
     assert both.pair.word(0, w.SENT) == 8 and both.stagings[0].ways == []
     both.stagings[1].unheld()
     both.pair.engines[1].unhold(both.pair.boxes[1])

@@ -744,6 +744,8 @@ def test_the_engine_thread_parks_while_one_caller_drives(pair: Pair) -> None:
     pair.post(1, right)
     caller.join(DEADLINE_S)
     assert ends == [True] and (left == 0.5).all()
+    # Before `right` is freed, which the other engine's thread would mix into all the same.
+    assert pair.engines[1].wait(pair.boxes[1], DEADLINE_S) and (right == 0.5).all()
 
 
 @pytest.mark.parametrize("parked", [0, drive.SHORT, drive.LONG])
@@ -800,7 +802,8 @@ def test_who_waits_when_the_engine_is_closed_leaves(transport: str, waiters: int
     """Promptly, and before what it drives is gone; nobody is let in any more."""
     pair = make_pair(transport, 4096, 2)
     engine, box = pair.engines[0], pair.boxes[0]
-    pair.post(0, np.zeros(16))  # of which the other rank knows nothing
+    array = np.zeros(16)
+    pair.post(0, array)  # of which the other rank knows nothing
     ended: list[bool] = []
 
     def wait() -> None:
