@@ -90,7 +90,9 @@ def reference_step_awc(reference: Reference, number: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [Hypercube, BaseTwo, Ring, lambda p: Rotated(BaseTwo(p), seed=2)], ids=str
+    "make",
+    [Hypercube, BaseTwo, Ring, lambda p: Rotated(BaseTwo(p), seed=2)],
+    ids=["Hypercube", "BaseTwo", "Ring", "Rotated"],
 )
 def test_other_schedules(job: Job, make: Callable[[int], Schedule]) -> None:
     schedule = make(4)
