@@ -61,7 +61,6 @@ while "State:\\tT" not in open(f"/proc/{os.getppid()}/status").read():
 
 
 @pytest.mark.spawn
-@pytest.mark.usefixtures("forked_ranks")
 def test_a_process_is_stopped_at_random_and_goes_on() -> None:
     """Another child sees it stopped; the one that stops it is gone afterwards."""
     children = Path(f"/proc/self/task/{os.getpid()}/children")
