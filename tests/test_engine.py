@@ -824,6 +824,26 @@ def test_who_waits_when_the_engine_is_closed_leaves(transport: str, waiters: int
         each.context.close()
 
 
+@pytest.mark.skipif(jit.INTERPRETED, reason="the lock of the interpreted engine is no lock")
+def test_who_drives_an_engine_that_is_shut_leaves(transport: str) -> None:
+    """By itself, not when `Engine.wait` looks the next time: its deadline is far."""
+    pair = make_pair(transport, 4096, 2)
+    engine, box = pair.engines[0], pair.boxes[0]
+    array = np.zeros(16)
+    pair.post(0, array)  # of which the other rank knows nothing
+    far = jit.now_ns() + int(2 * DEADLINE_S * 1e9)
+    driver = threading.Thread(target=drive.drive, args=(engine.words, box.index, far))
+    driver.start()
+    until(lambda: int(engine.words[w.DRIVERS]) == 1)
+    engine.stop()
+    left = drive.shut(engine.words, jit.now_ns() + int(DEADLINE_S * 1e9))
+    driver.join(3 * DEADLINE_S)
+    for each in pair.engines:
+        each.close()
+        each.context.close()
+    assert left
+
+
 def test_too_many_mailboxes_is_a_named_error(transport: str) -> None:
     context = Context(transport, {"NET_DEVICES": "lo"})
     engine = Engine(context, 0, 1, TUNING, max_mailboxes=1)
