@@ -51,8 +51,10 @@ SETTINGS: dict[str, dict[str, str]] = {
     "tcp": {"pml": "ob1", "btl": "self,tcp", "btl_tcp_if_include": "lo", "osc": "pt2pt"},
     "shm": SHARED,
     "auto": SHARED,
+    "verbs": {"pml": "ucx", "osc": "ucx"},
 }
-"""Open MPI's parameters by transport. On one host, `auto` is shared memory to MPI."""
+"""Open MPI's parameters by transport. On one host, `auto` is shared memory to MPI. verbs: its UCX,
+which chooses for itself (untested on hardware)."""
 
 _KILL_S = 2.0
 _ASK_S = 60.0
@@ -113,7 +115,7 @@ def run_ranks(
     ranks: int,
     *,
     transport: str,
-    on_line: Callable[[str], None],
+    on_line: Callable[[str], object],
     deadline_s: float,
 ) -> None:
     """`spawn.run_ranks` by mpirun: the ranks call `adopt_rank`, and rank 0 alone prints.

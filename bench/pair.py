@@ -178,7 +178,8 @@ class Pair:
         chosen = dict(settings or {})
         if memory is not None:
             chosen = {**pair_device.SETTINGS[transport], **chosen}
-        chosen.setdefault("NET_DEVICES", "lo")
+        if transport != "verbs":
+            chosen.setdefault("NET_DEVICES", "lo")
         self._processes: list[subprocess.Popen[bytes]] = []
         self._ended = ended(self._processes)
         self._ended.__enter__()

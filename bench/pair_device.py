@@ -21,6 +21,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     "auto": {},
     "tcp": {"TLS": "tcp,cuda_copy"},
     "shm": {"TLS": "posix,cuda_copy,cuda_ipc"},
+    "verbs": {"TLS": "ib,cuda_copy"},
 }
 """Added to a transport's own settings: without cuda_copy UCX knows no device memory."""
 

@@ -38,10 +38,16 @@ TRANSPORTS: Mapping[str, Mapping[str, str]] = {
     "tcp": {"UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo"},
     "shm": {"UCX_TLS": "posix"},
     "auto": {},
+    "verbs": {"UCX_TLS": "ib"},
 }
 
 # Guesses of what a put costs, (seconds, bytes a second), for the first choice of iterations.
-_COSTS = {"tcp": (12e-6, 4e9), "shm": (0.1e-6, 12e9), "auto": (12e-6, 12e9)}
+_COSTS = {
+    "tcp": (12e-6, 4e9),
+    "shm": (0.1e-6, 12e9),
+    "auto": (12e-6, 12e9),
+    "verbs": (2e-6, 12e9),
+}
 # A run that measured for less than this part of the time asked for is repeated with more.
 _ENOUGH = 0.25
 

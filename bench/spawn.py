@@ -38,7 +38,7 @@ def run_ranks(
     arguments: Sequence[str],
     ranks: int,
     *,
-    on_line: Callable[[str], None],
+    on_line: Callable[[str], object],
     deadline_s: float,
     variables: Callable[[int], Mapping[str, str]] | None = None,
     through: Callable[[int], Sequence[str]] | None = None,

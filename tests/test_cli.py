@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from ucxgossip import trust
+from ucxgossip import doctor, trust
 from ucxgossip.cli import main
 from ucxgossip.doctor import advise, parse_protocols
+from ucxgossip.tuning import CONSTANTS
 
 pytestmark = [pytest.mark.spawn, pytest.mark.usefixtures("forked_ranks")]
 
@@ -87,9 +88,18 @@ def test_doctor(transport: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert facts["target_must_progress"] is (transport == "tcp")
     assert facts["ucx_origin"] in ("wheel", "system", "environment")
     assert "chunk=" in facts["tuning"] and facts["slots"].endswith("more: 2")
+    assert ("one message" in facts["rounds"]) is (transport == "tcp")
     for row in rows(path):
         assert row["latency_us"] > 0 < row["bandwidth_MBps"]
     assert "# " in capsys.readouterr().out
+
+
+def test_doctor_tells_what_several_hosts_change() -> None:
+    assert "tuning, several hosts" not in doctor._tuning("tcp")
+    told = doctor._tuning("auto")
+    ring, far = CONSTANTS["shm"].ring, CONSTANTS["auto"].ring
+    assert f"ring={ring}" in str(told["tuning"]).split()
+    assert f"ring={far}" in str(told["tuning, several hosts"]).split()
 
 
 def test_schedules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -440,12 +440,22 @@ def test_bad_tuning(constants: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("transport", CONSTANTS)
-def test_tuning_leaves_the_rest_as_usual(transport: str, store: Any) -> None:
+def test_tuning_leaves_the_rest_as_usual(transport: str) -> None:
     usual = CONSTANTS[transport]
+    eager = min(4096, usual.eager)
     assert asdict(ug.Tuning()).keys() == asdict(usual).keys()
     assert ug.Tuning(endpoints=64).over(transport) == replace(usual, endpoints=64)
-    assert ug.Tuning(chunk=4096).over(transport) == replace(usual, chunk=4096, eager=4096)
+    assert ug.Tuning(chunk=4096).over(transport) == replace(usual, chunk=4096, eager=eager)
     assert ug.Tuning(eager=0, window=2).over(transport) == replace(usual, eager=0, window=2)
+
+
+@pytest.mark.parametrize("transport", ["auto", "tcp", "shm"])
+def test_tuning_of_a_group_on_one_host(transport: str, store: Any) -> None:
+    """There "auto" is shared memory, whose rings are to stay in the cache."""
+    usual = CONSTANTS[transport]
+    if transport == "auto":
+        assert usual.ring != CONSTANTS["shm"].ring
+        usual = replace(usual, ring=CONSTANTS["shm"].ring)
     with ug.join(0, 1, store, transport, tuning=ug.Tuning(yields=7)) as group:
         assert group.tuning == replace(usual, yields=7)
 

@@ -7,6 +7,7 @@ import ctypes
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from ucxgossip import jit
 from ucxgossip.errors import ArgumentError, ArrayError, ClosedError, UCXError
-from ucxgossip.ucp import Context, Endpoint, MemoryRegion, RemoteKey, Worker, abi, load, ops
+from ucxgossip.ucp import Context, Endpoint, MemoryRegion, RemoteKey, Worker, abi, lib, load, ops
 from ucxgossip.ucp.resource import Resource
 
 Python = Callable[..., subprocess.CompletedProcess[str]]
@@ -474,8 +475,21 @@ def test_registered_array_keeps_its_values(loop: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize("transport", ["", "ib", "TCP", None])
 def test_unknown_transport(transport: Any) -> None:
-    with pytest.raises(ArgumentError, match=f"{transport!r}; choose one of 'auto', 'tcp', 'shm'"):
+    known = "'auto', 'tcp', 'shm', 'verbs'"
+    with pytest.raises(ArgumentError, match=f"{transport!r}; choose one of {known}"):
         Context(transport)
+
+
+def test_verbs_without_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """UCX itself would say that no transport is usable."""
+    monkeypatch.setattr(lib, "rdma_devices", lambda: [])
+    with pytest.raises(ArgumentError, match="'verbs': this machine has no RDMA device"):
+        Context("verbs")
+    monkeypatch.setattr(lib, "rdma_devices", lambda: ["mlx5_0"])
+    wheel = replace(lib.load(), origin="wheel")
+    monkeypatch.setattr(lib, "load", lambda: wheel)
+    with pytest.raises(ArgumentError, match="'verbs': the UCX wheel .* apt install libucx0"):
+        Context("verbs")
 
 
 @needs_ucx_1_14

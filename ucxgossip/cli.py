@@ -197,7 +197,9 @@ def _exchange(benches: Any) -> None:
         "mpi4py (pip install mpi4py), and are left out with a message without them. Floors, what "
         "the machine can do at all: sockets (plain TCP, both directions at once) and copy (memory "
         "that the ranks share). A model with /tensors is run tensor by tensor by the peers, and in "
-        "one round of all of them by ours; one_array is our round of one array of as many bytes.",
+        "one round of all of them by ours; one_array is our round of one array of as many bytes. "
+        "fixed is our round with constants that are the same for every transport and size, to see "
+        "what choosing them is worth.",
     )
     _common(exchange, _bench_exchange)
     _device(exchange, "arrays on CUDA devices, which the ranks share; no peers")
@@ -213,7 +215,7 @@ def _exchange(benches: Any) -> None:
         default="",
         metavar="PEERS",
         help="what to measure as well: gloo_allreduce, gloo_gossip, mpi_allreduce, mpi_gossip, "
-        "mpi_put, sockets, copy, one_array; separated by commas",
+        "mpi_put, sockets, copy, one_array, fixed; separated by commas",
     )
     _repeats(exchange, repeats=9, seconds=0.2)
     _plot(exchange, "times over sizes")

@@ -25,6 +25,7 @@ from ucxgossip.bench.pair import Pair, check_device
 from ucxgossip.bench.table import Column, Table
 from ucxgossip.device import driver
 from ucxgossip.device.admission import check_wheel
+from ucxgossip.engine import Constants
 from ucxgossip.errors import BenchError, GossipError
 from ucxgossip.mailbox import SMALL, usual_depth
 from ucxgossip.tuning import usual
@@ -78,13 +79,25 @@ def run(
 
 
 def _tuning(transport: str) -> dict[str, object]:
-    """The constants that a group over `transport` takes, if `join(tuning=)` names no others."""
-    constants = asdict(usual(transport))
+    """The constants that a group over `transport` takes, if `join(tuning=)` names no others.
+
+    By transport, by whether all ranks are on one host, and by size.
+    """
+    here, afar = usual(transport, one_host=True), usual(transport)
+    message = "" if transport == "shm" else f"up to {afar.eager} B one message over a network, "
     slots = ", ".join(f"{nbytes} B: {usual_depth(nbytes)}" for nbytes in (8, SMALL // 2, SMALL))
-    return {
-        "tuning": " ".join(f"{name}={value}" for name, value in constants.items()),
+    facts: dict[str, object] = {"tuning": _words(here)}
+    if afar != here:
+        facts["tuning, several hosts"] = _words(afar)
+    return facts | {
+        "rounds": f"{message}else chunks of {here.chunk} B; a blocking one of more than `ring` "
+        "chunks through a ring of so many",
         "slots": f"{slots}, more: {usual_depth(SMALL + 1)}",
     }
+
+
+def _words(constants: Constants) -> str:
+    return " ".join(f"{name}={value}" for name, value in asdict(constants).items())
 
 
 def _report(left: list[segments.Segment], remove: bool) -> None:

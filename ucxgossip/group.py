@@ -72,15 +72,16 @@ def join(
 
     rank, size, store: from torchrun's environment by default (RANK, WORLD_SIZE, MASTER_ADDR,
     MASTER_PORT; without them, a job of one rank). `store` is anything with the methods of
-    ``torch.distributed.Store`` that `store.Store` lists. transport: ``"auto"``, ``"tcp"`` or
-    ``"shm"``. timeout: seconds that any wait of this group may take. settings: UCX settings by
-    name. tuning: constants of the engine, where they are not to be the usual ones. dead_after:
-    seconds of silence after which a rank is taken for dead (a process that ends is noticed at
-    once). token: the secret that the job's ranks share; by default that of `trust.find_token`,
-    which needs no setting on one host or with a shared home. verify: a checksum (XXH64) travels
-    with every chunk and is checked before the chunk is used (`IntegrityError`): to prove a network
-    or a driver, not for each day (docs/performance.md has its cost). min_size: so many ranks, the
-    lowest, begin the job (UCXGOSSIP_MIN_SIZE by default, or all); the others come to it later.
+    ``torch.distributed.Store`` that `store.Store` lists. transport: ``"auto"``, ``"tcp"``,
+    ``"shm"`` or ``"verbs"`` (RDMA alone; untested on hardware). timeout: seconds that any wait of
+    this group may take. settings: UCX settings by name. tuning: constants of the engine, where they
+    are not to be the usual ones. dead_after: seconds of silence after which a rank is taken for
+    dead (a process that ends is noticed at once). token: the secret that the job's ranks share; by
+    default that of `trust.find_token`, which needs no setting on one host or with a shared home.
+    verify: a checksum (XXH64) travels with every chunk and is checked before the chunk is used
+    (`IntegrityError`): to prove a network or a driver, not for each day (docs/performance.md has
+    its cost). min_size: so many ranks, the lowest, begin the job (UCXGOSSIP_MIN_SIZE by default, or
+    all); the others come to it later.
 
     Raises `RendezvousError` (no store answers, or ranks cannot connect to each other;
     `RankMissingError`, `MismatchError`, `SignatureError`, `PortInUseError` are such),
@@ -104,14 +105,14 @@ def join(
     place = Place.from_environment(rank, size)
     if store is None and place.size == 1:
         store, token = Solitary(), new_token() if token is None else token
-    constants = (tuning or Tuning()).over(transport)
+    constants = (tuning or Tuning()).over(transport, place.local_size == place.size)
     min_size = place.founders(min_size)
     secret = find_token(token)  # before a store is opened
     store = open_store(place, timeout) if store is None else store
     meeting = Rendezvous(store, place.rank, min_size, timeout, secret)
     note = running.next_key()
     chosen = dict(settings or {})
-    if place.local_size == place.size:
+    if place.local_size == place.size and transport != "verbs":
         chosen.setdefault("NET_DEVICES", "lo")
     context, found = None, None
     try:

@@ -14,17 +14,26 @@ from ucxgossip.ucp import lib
 CONSTANTS: dict[str, Constants] = {
     "tcp": Constants(chunk=1 << 20, window=4, eager=1 << 16),
     "shm": Constants(chunk=1 << 18, window=16, ring=4),
-    "auto": Constants(chunk=1 << 18, window=16, eager=1 << 16),
+    "auto": Constants(chunk=1 << 18, window=16, eager=1 << 16, ring=32),
+    "verbs": Constants(chunk=1 << 18, window=16, ring=32),
 }
 """eager: over TCP one message costs half of a put, its signal, its acknowledgement and a credit.
-ring: over shared memory 1 MiB, as large as a core's L2 cache; over a network what is under way must
-fit in (docs/performance.md)."""
+ring: over shared memory 1 MiB, as large as a core's L2 cache; over a network 8 MiB, since what is
+under way must fit in (docs/performance.md). verbs: not measured."""
 
 
-def usual(transport: str) -> Constants:
-    """`CONSTANTS`, with small messages only where an RDMA device may carry them (not measured)."""
+def usual(transport: str, one_host: bool = False) -> Constants:
+    """`CONSTANTS`; for "auto" by what it will be.
+
+    one_host: all ranks are on one, and "auto" is shared memory. RDMA devices: small messages only,
+    where one may carry them (not measured).
+    """
     found = CONSTANTS[transport]
-    return replace(found, eager=4096) if transport == "auto" and lib.rdma_devices() else found
+    if transport == "auto" and one_host:
+        found = replace(found, ring=CONSTANTS["shm"].ring)
+    if transport == "auto" and lib.rdma_devices():
+        found = replace(found, eager=4096)
+    return found
 
 
 @dataclass(frozen=True)
@@ -39,8 +48,7 @@ class Tuning:
     that a mailbox for large blocking rounds holds (`Group.mailbox`); 0: whole payloads.
 
     `ArgumentError` for what is no such number. ``ucxgossip doctor`` shows what is usual, and
-    docs/performance.md what was measured: spins, yields, eager and ring; the others are starting
-    values.
+    docs/performance.md what was measured.
     """
 
     eager: int | None = None
@@ -55,9 +63,9 @@ class Tuning:
         largest = max(each.chunk for each in CONSTANTS.values())
         self._over(replace(CONSTANTS["auto"], chunk=largest))
 
-    def over(self, transport: str) -> Constants:
+    def over(self, transport: str, one_host: bool = False) -> Constants:
         """These, and the usual ones of `transport` for the others."""
-        return self._over(usual(transport))
+        return self._over(usual(transport, one_host))
 
     def _over(self, others: Constants) -> Constants:
         named = {name: value for name, value in asdict(self).items() if value is not None}

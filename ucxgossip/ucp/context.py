@@ -22,8 +22,9 @@ TRANSPORTS: dict[str, dict[str, str]] = {
     "auto": {"TLS": "^cma,sysv", **_SEGMENTS},
     "tcp": {"TLS": "tcp", **_SEGMENTS},
     "shm": {"TLS": "posix"},
+    "verbs": {"TLS": "ib"},
 }
-"""UCX settings by transport name.
+"""UCX settings by transport name. verbs: any RDMA device and nothing else; untested on hardware.
 
 Without cma and sysv: with them larger puts take another lane than small ones, and an endpoint
 fence must then flush (docs/protocol.md). Segments: an active message of 64 KiB goes as one, where
@@ -45,8 +46,9 @@ endpoint without waiting.
 class Context(Resource):
     """``ucp_context_h`` with RMA, active messages and wake-up.
 
-    transport: ``"auto"``, ``"tcp"`` or ``"shm"``. settings: further UCX settings by name, with or
-    without ``UCX_``; an unknown one raises `ArgumentError`. estimated_peers: endpoints expected.
+    transport: ``"auto"``, ``"tcp"``, ``"shm"`` or ``"verbs"``. settings: further UCX settings by
+    name, with or without ``UCX_``; an unknown one raises `ArgumentError`, and so does ``"verbs"``
+    where no RDMA device is. estimated_peers: endpoints expected.
     """
 
     def __init__(
@@ -60,6 +62,8 @@ class Context(Resource):
             raise ArgumentError(f"unknown transport {transport!r}; choose one of {known}")
         forks.check_usable()
         self.library = lib.load()
+        if transport == "verbs":
+            _check_verbs(self.library.origin)
         self.transport = transport
         self.settings: dict[str, str] = {}
         config = ctypes.c_void_p()
@@ -119,3 +123,16 @@ class Context(Resource):
     def _release(self, handle: int) -> None:
         self.library.functions["ucp_cleanup"](handle)
         forks.count_context(-1)
+
+
+def _check_verbs(origin: str) -> None:
+    """`ArgumentError` where UCX would only say that it found no usable transport."""
+    if not lib.rdma_devices():
+        raise ArgumentError(
+            "transport 'verbs': this machine has no RDMA device (/sys/class/infiniband has none)"
+        )
+    if origin == "wheel":
+        raise ArgumentError(
+            "transport 'verbs': the UCX wheel is built without it; install the system's UCX "
+            f"(Debian: apt install libucx0), or point {lib.ENVIRONMENT_VARIABLE} to one"
+        )
