@@ -5,7 +5,7 @@ UCX ?= ucx
 BIN := .venv/bin
 HOUSE := ucxgossip kernels bench
 SIZES := 8,65536,4194304
-PEERS := gloo_allreduce,gloo_gossip
+PEERS := gloo_allreduce,gloo_gossip,mpi_allreduce,mpi_gossip,sockets,copy,fixed
 METHODS := local,allreduce,gossip-weights-atc,gossip-both-atc
 
 .PHONY: help demo test bench soak errors typed clean
@@ -39,6 +39,11 @@ bench: .venv/ready build/compiled
 	$(BIN)/ucxgossip bench exchange --transport tcp --ranks 2,4 --sizes $(SIZES) --against $(PEERS) --json out/exchange-tcp.json
 	$(BIN)/ucxgossip bench exchange --transport shm --ranks 2,4 --sizes $(SIZES) --against $(PEERS) --json out/exchange-shm.json
 	$(BIN)/ucxgossip bench kernels --json out/kernels.json
+	$(BIN)/ucxgossip bench step --transport shm --cores 1 --json out/step-shm.json
+	$(BIN)/ucxgossip bench step --transport tcp --cores 1 --json out/step-tcp.json
+	$(BIN)/ucxgossip bench idle --json out/idle.json
+	$(BIN)/ucxgossip bench startup --json out/startup.json
+	-$(BIN)/ucxgossip bench flat --json out/flat.json # needs root and iproute2
 	$(BIN)/ucxgossip bench train --model lenet --ranks 4 --methods $(METHODS) --seeds 2 --json out/train.json
 
 soak: .venv/ready build/compiled

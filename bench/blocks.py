@@ -7,7 +7,7 @@ by block, so that what a method is compared with saw the same machine a moment b
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +43,14 @@ def block(once: Callable[[], object], rounds: int) -> Block:
     return Block(slowest(taken / rounds), idle / total if total else 0.0)
 
 
+def in_order(names: Iterable[str], repeat: int) -> list[str]:
+    """The methods in the order of a repeat: each begins with the next one, so that none always
+    comes after the same other."""
+    chosen = list(names)
+    first = repeat % len(chosen)
+    return chosen[first:] + chosen[:first]
+
+
 def in_turns(
     methods: Mapping[str, Callable[[], object]], repeats: int, seconds: float
 ) -> dict[str, list[Block]]:
@@ -52,9 +60,9 @@ def in_turns(
         block(once, _TRIED)
         rounds[name] = max(2, min(_MOST, round(seconds / block(once, _TRIED).seconds)))
     found: dict[str, list[Block]] = {name: [] for name in methods}
-    for _ in range(repeats):
-        for name, once in methods.items():
-            found[name].append(block(once, rounds[name]))
+    for repeat in range(repeats):
+        for name in in_order(methods, repeat):
+            found[name].append(block(methods[name], rounds[name]))
     return found
 
 

@@ -129,6 +129,7 @@ def _flat(options: argparse.Namespace) -> Result:
         options.seconds,
         options.plot,
         options.keep_windows,
+        options.congestion,
     )
 
 
@@ -150,6 +151,9 @@ def _add_flat(benches: Any, common: Common) -> None:
         "--keep-windows",
         action="store_true",
         help="let TCP keep its congestion window over a pause (tcp_slow_start_after_idle=0)",
+    )
+    flat.add_argument(
+        "--congestion", metavar="NAME", help="TCP's congestion control there (default: the host's)"
     )
     flat.add_argument("--repeats", type=int, default=7, help="interleaved repeats (default: 7)")
     flat.add_argument(

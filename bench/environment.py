@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+
+_GIT_S = 10.0
 
 
 def environment(ucx_version: str | None, ucx_library: str | None) -> dict[str, object]:
@@ -20,6 +23,8 @@ def environment(ucx_version: str | None, ucx_library: str | None) -> dict[str, o
     in bytes, `cores` counts those this process may run on, the date is UTC in ISO 8601.
     """
     return {
+        "ucxgossip": _version("ucxgossip"),
+        "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "numpy": _version("numpy"),
@@ -40,6 +45,24 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _commit() -> str | None:
+    """The commit of this source, with "+" where it was changed since; None for an installed copy.
+
+    Only where git knows this very file: an environment may lie within somebody else's repository.
+    """
+    here = Path(__file__).resolve()
+    git = ("git", "-C", str(here.parent))
+    try:
+        for command in (("ls-files", "--error-unmatch", here.name), ("rev-parse", "--short", "@")):
+            found = subprocess.run(
+                [*git, *command], capture_output=True, text=True, timeout=_GIT_S, check=True
+            )
+        changed = subprocess.run([*git, "diff", "--quiet", "@"], timeout=_GIT_S, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() + ("+" if changed.returncode else "")
 
 
 def _cpu_model() -> str | None:

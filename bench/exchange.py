@@ -8,7 +8,6 @@ what people use in our place (gloo, Open MPI); the floors are what the machine c
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,18 +15,18 @@ from typing import Any
 
 from ucxgossip.bench import mpirun, plot
 from ucxgossip.bench.arguments import at_least_one, positive
-from ucxgossip.bench.environment import environment
 from ucxgossip.bench.pair import check_device
 from ucxgossip.bench.payloads import Payload
+from ucxgossip.bench.report import Report
 from ucxgossip.bench.spawn import run_ranks
-from ucxgossip.bench.table import Column, Table
+from ucxgossip.bench.table import Column
 from ucxgossip.errors import ArgumentError, BenchError
-from ucxgossip.ucp import lib
 
 MPI_PEERS = ("mpi_allreduce", "mpi_gossip", "mpi_put")
 FLOORS = ("sockets", "copy")
 ONE_ARRAY = "one_array"
-PEERS = ("gloo_allreduce", "gloo_gossip", *MPI_PEERS, *FLOORS, ONE_ARRAY)
+FIXED = "fixed"
+PEERS = ("gloo_allreduce", "gloo_gossip", *MPI_PEERS, *FLOORS, ONE_ARRAY, FIXED)
 COLUMNS = (
     Column("bytes", "size", "B", "d", 11),
     Column("tensors", "tensors", "", "d", 7),
@@ -60,10 +59,10 @@ def run(
     """Measure, print the table as it grows, return (environment, rows).
 
     One row for each (ranks, payload, peer); without peers one for each (ranks, payload). Peers
-    that are not installed are left out with a line that says so; `BenchError` where that leaves
-    none. seconds: about how long each method runs in each repeat. spread: (max - min) / median of
-    our repeats. figure: a PNG to draw. device: "cuda" for arrays on CUDA devices, which the ranks
-    share; without peers. Untested on hardware.
+    that are not installed are left out with a line that says so. seconds: about how long each
+    method runs in each repeat. spread: (max - min) / median of our repeats. ours_blocks_us and
+    peer_blocks_us: the repeats. figure: a PNG to draw. device: "cuda" for arrays on CUDA devices,
+    which the ranks share; without peers. Untested on hardware.
     """
     if figure is not None:
         plot.check("bench exchange", figure)
@@ -82,11 +81,18 @@ def run(
     for count, batch in jobs:
         _check_memory(count, batch, chosen, transport)
     with_mpi = any(peer in MPI_PEERS for peer in chosen)
-    report = _Report(f"bench exchange, float32, {repeats} repeats, medians", transport)
+    facts: dict[str, object] = {"transport": transport}
     if with_mpi:
-        report.facts |= {"mpi": mpirun.version(), "mpi_settings": mpirun.in_force(transport)}
+        facts |= {"mpi": mpirun.version(), "mpi_settings": mpirun.in_force(transport)}
     if absent:
-        report.facts["skipped"] = absent
+        facts["skipped"] = absent
+    report = Report(f"bench exchange, float32, {repeats} repeats, medians", COLUMNS, facts)
+
+    def take(line: str) -> None:
+        row = report.take(line)
+        if row is not None:
+            report.row(row)
+
     for count, batch in jobs:
         arguments = ["-m", "ucxgossip.bench.exchange_rank", "--transport", transport]
         arguments += ["--sizes", ",".join(payload.name for payload in batch)]
@@ -96,37 +102,13 @@ def run(
         start = partial(run_ranks, arguments)
         if with_mpi:
             start = partial(mpirun.run_ranks, [*arguments, "--mpirun"], transport=transport)
-        start(count, on_line=report.take, deadline_s=DEADLINE_S * len(batch))
+        start(count, on_line=take, deadline_s=DEADLINE_S * len(batch))
     expected = len(ranks) * len(payloads) * max(1, len(chosen))
     if len(report.rows) != expected:
         raise BenchError(f"bench exchange: {len(report.rows)} rows where {expected} were due")
     if figure is not None:
         _draw(report.rows, transport, figure)
     return report.facts, report.rows
-
-
-class _Report:
-    """The environment and the rows, printed as they come from rank 0."""
-
-    def __init__(self, title: str, transport: str) -> None:
-        library = lib.load()
-        self.facts = environment(".".join(map(str, library.version)), library.path)
-        self.facts["transport"] = transport
-        self.rows: list[dict[str, Any]] = []
-        self._title, self._table, self._begun = title, Table(COLUMNS), False
-
-    def take(self, line: str) -> None:
-        """One line of rank 0: the settings in force, which head the table once, or a row."""
-        if not line.startswith("{"):
-            return
-        said = json.loads(line)
-        if "settings" not in said:
-            self._table.row(said)
-            self.rows.append(said)
-        elif not self._begun:
-            self._begun = True
-            self.facts |= said
-            self._table.header(f"ucxgossip {self._title}", self.facts)
 
 
 def _check(ranks: Sequence[int], against: Sequence[str]) -> None:
@@ -145,11 +127,7 @@ def _present(against: Sequence[str]) -> tuple[list[str], str | None]:
     why = mpirun.why_absent() if wanted else None
     if why is None:
         return list(against), None
-    chosen = [peer for peer in against if peer not in wanted]
-    absent = f"{', '.join(wanted)}: {why}"
-    if not chosen:
-        raise BenchError(f"bench exchange cannot measure {absent}")
-    return chosen, absent
+    return [peer for peer in against if peer not in wanted], f"{', '.join(wanted)}: {why}"
 
 
 def _batches(payloads: Sequence[Payload]) -> Iterator[list[Payload]]:
@@ -175,6 +153,8 @@ def _check_memory(
     reduced = 2 * largest // ranks if any("allreduce" in peer for peer in chosen) else 0
     needed = _RANK_BYTES + sum(arrays) + len(batch) * min(2 * max(arrays), _MAILBOX_BYTES)
     needed += (received + window) * largest + reduced
+    if FIXED in chosen:
+        needed += 2 * _MAILBOX_BYTES
     if ONE_ARRAY in chosen:
         needed += max(payload.nbytes for payload in batch) + _MAILBOX_BYTES
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():

@@ -9,31 +9,43 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from ucxgossip import jit
 from ucxgossip.bench import floors, gloo, mpi, mpirun
-from ucxgossip.bench.exchange import DEADLINE_S, ONE_ARRAY
+from ucxgossip.bench.blocks import in_order
+from ucxgossip.bench.exchange import DEADLINE_S, FIXED, ONE_ARRAY
 from ucxgossip.bench.exchange_device import Checked, OursOnDevice, open_shared
 from ucxgossip.bench.payloads import ITEM, Payload, of, parse
 from ucxgossip.bench.peer import Array, Arrays, Method
+from ucxgossip.bench.report import say_in_force
 from ucxgossip.bench.summary import summarize
 from ucxgossip.device import Device
+from ucxgossip.engine import Constants
 from ucxgossip.errors import BenchError
 from ucxgossip.group import Group, join
 from ucxgossip.schedule import Dissemination, Rotated
+from ucxgossip.tuning import Tuning
 
 _PATTERN = 251
 _TOLERANCE = 1e-3
+
+
+class Found(TypedDict):
+    """Of one method: medians and 99th percentile, spread (%), and each repeat's block, in turn."""
+
+    us: float
+    p99_us: float
+    spread: float
+    blocks_us: list[float]
 
 
 class Ours:
@@ -73,6 +85,23 @@ class OneArray(Ours):
         nbytes = sum(array.nbytes for array in data.arrays)
         self.data = allocate(group, of(nbytes))
         super().__init__(group, self.data)
+
+
+class Fixed(Ours):
+    """Our round with the engine's own defaults: what its choice by transport and size is worth."""
+
+    name = FIXED
+
+    def __init__(self, transport: str, data: Arrays) -> None:
+        """Collective. Join once more, open a mailbox."""
+        tuning = Tuning(**asdict(Constants()))
+        self._stack = ExitStack()
+        group = self._stack.enter_context(join(transport=transport, tuning=tuning))
+        super().__init__(group, data)
+
+    def close(self) -> None:
+        """Leave that group."""
+        self._stack.close()
 
 
 @jit.njit
@@ -141,7 +170,7 @@ class Job:
             before = now
         return self._slowest((before - begun) / rounds), times
 
-    def measure(self, methods: Mapping[str, Method]) -> dict[str, dict[str, float]]:
+    def measure(self, methods: Mapping[str, Method]) -> dict[str, Found]:
         """Median and p99 (us) and spread (%) of each method, blocks in turn."""
         rounds = {}
         for name, method in methods.items():
@@ -149,9 +178,9 @@ class Job:
             rounds[name] = max(2, min(20000, round(self.seconds / self._block(method.once, 3)[0])))
         blocks: dict[str, list[float]] = {name: [] for name in methods}
         singles: dict[str, list[float]] = {name: [] for name in methods}
-        for _ in range(self.repeats):
-            for name, method in methods.items():
-                block, times = self._block(method.once, rounds[name])
+        for repeat in range(self.repeats):
+            for name in in_order(methods, repeat):
+                block, times = self._block(methods[name].once, rounds[name])
                 blocks[name].append(block)
                 singles[name] += times
         return {
@@ -159,6 +188,7 @@ class Job:
                 "us": median(times) * 1e6,
                 "p99_us": summarize(singles[name]).p99_us,
                 "spread": 100 * (max(times) - min(times)) / median(times),
+                "blocks_us": [each * 1e6 for each in times],
             }
             for name, times in blocks.items()
         }
@@ -182,6 +212,7 @@ def make(
     others: dict[str, Callable[[Arrays], Method]]
     others = {str(vars(each)["name"]): each for each in plain}
     others[ONE_ARRAY] = partial(OneArray, group)
+    others[FIXED] = partial(Fixed, transport)
     return {
         name: by_mpi[name](data, api, transport) if name in by_mpi else others[name](data)
         for name in names
@@ -192,9 +223,9 @@ def row(
     transport: str,
     ranks: int,
     payload: Payload,
-    ours: Mapping[str, float],
+    ours: Found,
     name: str,
-    peer: Mapping[str, float] | None,
+    peer: Found | None,
 ) -> dict[str, Any]:
     """What is printed of one size beside one peer, or beside none ("")."""
     return {
@@ -211,21 +242,9 @@ def row(
         "peer_us": peer["us"] if peer else None,
         "peer_p99_us": peer["p99_us"] if peer else None,
         "peer_spread": peer["spread"] if peer else None,
+        "ours_blocks_us": ours["blocks_us"],
+        "peer_blocks_us": peer["blocks_us"] if peer else None,
         "speedup": peer["us"] / ours["us"] if peer else None,
-    }
-
-
-def in_force(group: Group) -> dict[str, str]:
-    """UCX settings of the group's context, those of the environment among them, and its Tuning."""
-    settings = {
-        name.removeprefix("UCX_"): value
-        for name, value in sorted(os.environ.items())
-        if name.startswith("UCX_")
-    }
-    settings |= group.context.settings
-    return {
-        "settings": " ".join(f"{name}={value}" for name, value in settings.items()),
-        "tuning": " ".join(f"{name}={value}" for name, value in asdict(group.tuning).items()),
     }
 
 
@@ -284,8 +303,7 @@ def main() -> None:
             api = stack.enter_context(mpi.mpi_job())
         group = stack.enter_context(join(transport=options.transport))
         stack.enter_context(gloo.gloo_job(DEADLINE_S))
-        if group.rank == 0:
-            print(json.dumps(in_force(group)), flush=True)
+        say_in_force(group)
         job = Job(options.repeats, options.seconds)
         device = open_shared() if options.device == "cuda" else None
         for payload in parse(options.sizes):

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from ucxgossip.bench.arguments import at_least_one, positive
-from ucxgossip.bench.environment import environment
 from ucxgossip.bench.network import MOST_RANKS, Network, bits_per_second
 from ucxgossip.bench.network import check as check_network
 from ucxgossip.bench.plot import check as check_plot
+from ucxgossip.bench.report import Report
 from ucxgossip.bench.spawn import run_ranks
-from ucxgossip.bench.table import Column, Table
+from ucxgossip.bench.table import Column
 from ucxgossip.errors import ArgumentError, BenchError
 
 COLUMNS = (
@@ -60,33 +60,33 @@ def run(
     seconds: float = 1.0,
     plot: str | None = None,
     keep_windows: bool = False,
+    congestion: str | None = None,
 ) -> tuple[dict[str, object], list[Row]]:
-    """Measure, print the table as it grows, return (environment, rows): one for (ranks, size)."""
-    from ucxgossip.ucp import lib
+    """Measure, print the table as it grows, return (environment, rows): one for (ranks, size).
 
+    keep_windows, congestion: as for `Network`.
+    """
     _check(ranks, sizes, repeats, seconds)
     bits = bits_per_second(rate)
     if plot is not None:
         check_plot("bench flat", plot)
-    check_network()
-    library = lib.load()
-    facts = environment(".".join(map(str, library.version)), library.path)
-    facts |= {"transport": "tcp", "rate": rate, "repeats": repeats, "seconds": seconds}
-    facts["keep_windows"] = keep_windows
-    table = Table(COLUMNS)
-    table.header("ucxgossip bench flat: one round on links of one rate, float32, medians", facts)
-    rows: list[Row] = []
+    check_network(congestion)
+    facts: dict[str, object] = {"transport": "tcp", "rate": rate, "keep_windows": keep_windows}
+    facts |= {"repeats": repeats, "seconds": seconds}
+    if congestion is not None:
+        facts["tcp_congestion_control"] = congestion
+    report = Report("bench flat: one round on links of one rate, float32, medians", COLUMNS, facts)
 
     def take(line: str) -> None:
-        if line.startswith("{"):
-            rows.append(make_row(json.loads(line), rate, rows))
-            table.row(rows[-1])
+        found = report.take(line)
+        if found is not None:
+            report.row(make_row(found, rate, report.rows))
 
     job = {"sizes": list(sizes), "repeats": repeats, "seconds": seconds}
     wire_s = sum(8 * size / bits for size in sizes)
     rounds_s = 2 * (repeats + 1) * (seconds * len(sizes) + _ROUNDS_AT_LEAST * _SLACK * wire_s)
     with (
-        Network(max(ranks), rate, keep_windows) as network,
+        Network(max(ranks), rate, keep_windows, congestion) as network,
         tempfile.TemporaryDirectory(prefix="ucxgossip-flat-") as folder,
     ):
         path = Path(folder) / "job.json"
@@ -100,11 +100,12 @@ def run(
                 variables=network.variables,
                 through=network.command,
             )
-    if len(rows) != len(ranks) * len(sizes):
-        raise BenchError(f"bench flat: {len(rows)} rows where {len(ranks) * len(sizes)} were due")
+    due = len(ranks) * len(sizes)
+    if len(report.rows) != due:
+        raise BenchError(f"bench flat: {len(report.rows)} rows where {due} were due")
     if plot is not None:
-        draw(rows, plot)
-    return facts, rows
+        draw(report.rows, plot)
+    return report.facts, report.rows
 
 
 def _check(ranks: Sequence[int], sizes: Sequence[int], repeats: int, seconds: float) -> None:

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
 import numpy as np
+import torch.distributed as dist
 
 from ucxgossip.bench.blocks import Block, in_turns
+from ucxgossip.bench.exchange_rank import Ours, check
 from ucxgossip.bench.gloo import GlooAllreduce, gloo_job
 from ucxgossip.bench.network import DEVICE
-from ucxgossip.bench.peer import Arrays
+from ucxgossip.bench.peer import Arrays, Method
+from ucxgossip.bench.report import say_in_force
 from ucxgossip.errors import BenchError
 from ucxgossip.group import Group, join
 
@@ -26,19 +29,13 @@ TIMEOUT_S = 120.0
 
 def measure(group: Group, nbytes: int, repeats: int, seconds: float) -> dict[str, object]:
     """Medians (us), spreads and idle cores (%) at one size. Collective."""
-    array = np.full(nbytes // 4, float(group.rank), np.float32)
-    mailbox = group.mailbox(nbytes, ring=True)
-    other = np.full(nbytes // 4, float(group.rank), np.float32)
-    theirs = GlooAllreduce(Arrays(group.rank, group.size, [other]))
-
-    def ours() -> None:
-        group.exchange(array, mailbox=mailbox)
-
-    methods: dict[str, Callable[[], object]] = {"ours": ours, "allreduce": theirs.once}
-    blocks = in_turns(methods, repeats, seconds)
-    for name, values in (("ours", array), ("allreduce", other)):
-        if not np.isfinite(values).all() or not 0 <= values[0] <= group.size - 1:
-            raise BenchError(f"bench flat: {name} of {nbytes} bytes gave wrong values")
+    data = Arrays(group.rank, group.size, [np.empty(nbytes // 4, np.float32)])
+    methods: dict[str, Method] = {"ours": Ours(group, data), "allreduce": GlooAllreduce(data)}
+    for name, method in methods.items():
+        check(name, method, data, dist.barrier)
+    blocks = in_turns({name: each.once for name, each in methods.items()}, repeats, seconds)
+    if not np.isfinite(data.arrays[0]).all():
+        raise BenchError(f"bench flat: rounds of {nbytes} bytes gave values that are not finite")
     return {
         "ranks": group.size,
         "bytes": nbytes,
@@ -64,6 +61,7 @@ def main() -> None:
         join(transport="tcp", timeout=TIMEOUT_S, settings=settings) as group,
         gloo_job(TIMEOUT_S, interface=DEVICE),
     ):
+        say_in_force(group)
         for nbytes in job["sizes"]:
             found = measure(group, nbytes, job["repeats"], job["seconds"])
             if group.rank == 0:

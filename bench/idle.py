@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 
 from ucxgossip.bench.arguments import positive
-from ucxgossip.bench.environment import environment
+from ucxgossip.bench.report import Report, say_in_force
 from ucxgossip.bench.spawn import run_ranks
-from ucxgossip.bench.table import Column, Table
+from ucxgossip.bench.table import Column
 from ucxgossip.errors import ArgumentError, BenchError
 
 COLUMNS = (
@@ -47,30 +47,25 @@ def run(
     transport: str, ranks: Sequence[int], seconds: float = 10.0
 ) -> tuple[dict[str, object], list[Row]]:
     """Print the table, return (environment, rows): one for each number of ranks."""
-    from ucxgossip.ucp import lib
-
     if not ranks or min(ranks) < 2:
         raise ArgumentError(f"bench idle: ranks are {list(ranks)}; at least 2 each")
     positive("bench idle", seconds=seconds)
-    library = lib.load()
-    facts = environment(".".join(map(str, library.version)), library.path)
-    table = Table(COLUMNS)
-    table.header("ucxgossip bench idle: CPU time of ranks that have nothing to do", facts)
-    rows: list[Row] = []
+    report = Report(
+        "bench idle: CPU time of ranks that have nothing to do", COLUMNS, {"transport": transport}
+    )
     for count in ranks:
         with tempfile.TemporaryDirectory(prefix="ucxgossip-idle-") as folder:
             run_ranks(
                 ["-m", "ucxgossip.bench.idle", transport, str(seconds), folder],
                 count,
-                on_line=lambda line: None,
+                on_line=report.take,
                 deadline_s=2 * _TIMEOUT_S + seconds,
             )
             found = [json.loads(path.read_text()) for path in sorted(Path(folder).iterdir())]
         if len(found) != count:
             raise BenchError(f"bench idle: {len(found)} of {count} ranks said what they took")
-        rows.append(make_row(found, transport))
-        table.row(rows[-1])
-    return facts, rows
+        report.row(make_row(found, transport))
+    return report.facts, report.rows
 
 
 def make_row(found: Sequence[Row], transport: str) -> Row:
@@ -101,6 +96,7 @@ def main() -> None:
 
     transport, seconds, folder = sys.argv[1], float(sys.argv[2]), Path(sys.argv[3])
     with join(transport=transport, timeout=_TIMEOUT_S) as group:
+        say_in_force(group)
         array = np.full(_ELEMENTS, float(group.rank), np.float32)
         for _ in range(_ROUNDS):
             group.exchange(array)

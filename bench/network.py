@@ -23,12 +23,14 @@ import secrets
 import shutil
 import subprocess
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from ucxgossip.bench.spawn import sigterm_as_exit
 from ucxgossip.errors import ArgumentError, BenchError
 
+_STEM = "ucxgossip"
 DEVICE = "veth0"
 """A rank's own network device, in its namespace."""
 MOST_RANKS = 250
@@ -40,6 +42,7 @@ _SEGMENTS = 1 << 14
 _QUEUE = "50ms"
 """What may wait for a link before packets are dropped."""
 _COMMAND_S = 30.0
+_CONTROLS = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9}
 
 
@@ -51,8 +54,11 @@ def bits_per_second(rate: str) -> float:
     return float(match[1]) * _UNITS[match[2]]
 
 
-def check() -> None:
-    """`BenchError` that says what is missing where no network can be made."""
+def check(congestion: str | None = None) -> None:
+    """`BenchError` that says what is missing where no network can be made.
+
+    congestion: `ArgumentError` where the kernel has no such TCP congestion control at hand.
+    """
     if os.geteuid() != 0:
         raise BenchError("network namespaces need root, and this user is not: nothing was measured")
     for command in ("ip", "tc"):
@@ -61,9 +67,9 @@ def check() -> None:
                 f"the command {command} is not installed; it is part of iproute2 (Debian: apt-get "
                 "install iproute2): nothing was measured"
             )
-
-
-_KEEP = "net.ipv4.tcp_slow_start_after_idle=0"
+    known = _CONTROLS.read_text(encoding="ascii").split()
+    if congestion is not None and congestion not in known:
+        raise ArgumentError(f"congestion control {congestion!r}: choose of {', '.join(known)}")
 
 
 class Network:
@@ -71,16 +77,27 @@ class Network:
 
     rate: of each link, in each direction, such as "200mbit"; None: as fast as the machine is.
     keep_windows: TCP keeps its congestion window over a pause (the kernel forgets it by default).
-    `BenchError` where it cannot be made.
+    congestion: TCP's congestion control, such as "cubic"; by default the host's. `BenchError` where
+    it cannot be made. What jobs that were killed left is removed first.
     """
 
-    def __init__(self, ranks: int, rate: str | None = None, keep_windows: bool = False) -> None:
+    def __init__(
+        self,
+        ranks: int,
+        rate: str | None = None,
+        keep_windows: bool = False,
+        congestion: str | None = None,
+    ) -> None:
         if not 1 <= ranks <= MOST_RANKS:
             raise ArgumentError(f"a network of {ranks} ranks; must be 1 to {MOST_RANKS}")
         if rate is not None:
             bits_per_second(rate)
-        self.ranks, self.rate, self._keep_windows = ranks, rate, keep_windows
-        stem = f"ucxgossip-{secrets.token_hex(4)}"
+        self.ranks, self.rate = ranks, rate
+        self._settings = ["net.ipv4.tcp_slow_start_after_idle=0"] if keep_windows else []
+        self._congestion = congestion
+        if congestion is not None:
+            self._settings.append(f"net.ipv4.tcp_congestion_control={congestion}")
+        stem = f"{_STEM}-{os.getpid()}-{secrets.token_hex(4)}"
         self.names = [f"{stem}-{rank}" for rank in range(ranks)]
         self.hub = f"{stem}-hub"
         self._made: list[str] = []
@@ -116,8 +133,8 @@ class Network:
             self._made.append(name)  # before it is there: the command may be broken off
             _call("ip", "netns", "add", name)
             _call("ip", "-n", name, "link", "set", "lo", "up")
-            if self._keep_windows:
-                _call("ip", "netns", "exec", name, "sysctl", "-qw", _KEEP)
+            for setting in self._settings:
+                _call("ip", "netns", "exec", name, "sysctl", "-qw", setting)
         _call("ip", "-n", self.hub, "link", "add", _BRIDGE, "type", "bridge")
         _call("ip", "-n", self.hub, "link", "set", _BRIDGE, "up")
         for rank, name in enumerate(self.names):
@@ -138,10 +155,11 @@ class Network:
             self._made.pop()
 
     def __enter__(self) -> Self:
-        check()
+        check(self._congestion)
         with ExitStack() as stack:
             stack.enter_context(sigterm_as_exit())
             stack.callback(self._remove)
+            remove_left()
             self._make()
             self._guard = stack.pop_all()
         return self
@@ -155,14 +173,27 @@ class Network:
         self._guard.close()
 
 
+def remove_left() -> list[str]:
+    """Remove the namespaces of jobs whose process is gone; their names.
+
+    A process that was killed removes nothing.
+    """
+    named = re.compile(rf"{_STEM}-(\d+)-[0-9a-f]{{8}}-\w+")
+    found = [named.fullmatch(line.split()[0]) for line in _call("ip", "netns", "list").splitlines()]
+    left = [each[0] for each in found if each and not Path(f"/proc/{each[1]}").exists()]
+    for name in left:
+        _call("ip", "netns", "delete", name)
+    return left
+
+
 def _shape(place: str, device: str, rate: str) -> None:
     _call("ip", "-n", place, "link", "set", device, "gso_max_size", str(_SEGMENTS))
     bucket = ("rate", rate, "burst", str(_BURST), "latency", _QUEUE)
     _call("tc", "-n", place, "qdisc", "add", "dev", device, "root", "tbf", *bucket)
 
 
-def _call(*command: str) -> None:
-    """Run a command of iproute2; `BenchError` with what it said if it fails."""
+def _call(*command: str) -> str:
+    """Run a command of iproute2, return what it printed; `BenchError` with what it said if not."""
     try:
         # In a session of its own: Ctrl-C must not end the commands that remove.
         ended = subprocess.run(
@@ -179,3 +210,4 @@ def _call(*command: str) -> None:
     if ended.returncode != 0:
         said = ended.stderr.strip() or f"ended with status {ended.returncode}"
         raise BenchError(f"{' '.join(command)}: {said}; may this machine make network namespaces?")
+    return ended.stdout

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
 from ucxgossip.bench import plot
 from ucxgossip.bench.arguments import at_least_one, positive
-from ucxgossip.bench.environment import environment
-from ucxgossip.bench.pair import Pair, check_device
+from ucxgossip.bench.pair import WINDOW, Pair, check_device
 from ucxgossip.bench.perftest import Perftest, find_perftest
+from ucxgossip.bench.report import Report, settings_in_force
 from ucxgossip.bench.summary import summarize
-from ucxgossip.bench.table import Column, Table
+from ucxgossip.bench.table import Column
 from ucxgossip.errors import ArgumentError, BenchError
 from ucxgossip.ucp import lib
 
@@ -28,6 +30,7 @@ COLUMNS = (
     Column("peer_bandwidth_MBps", "peer", "MB/s", ".1f", 10),
     Column("bandwidth_ratio", "ratio", "", ".2f", 6),
     Column("latency_spread", "spread", "%", ".0f", 7),
+    Column("peer_latency_spread", "peer's", "%", ".0f", 7),
 )
 
 
@@ -42,12 +45,13 @@ def run(
 ) -> tuple[dict[str, object], list[dict[str, Any]]]:
     """Measure, print the table as it grows, return (environment, rows).
 
-    Each size is measured `repeats` times, ours and the peer's in turn, about `seconds` each; the
-    figures are medians over the repeats. latency_spread is (max - min) / median of our repeats,
-    in percent. latency_p99_us is over the samples of all repeats; below 20 us a round trip, a
-    sample is the mean of some round trips, since reading the clock would be seen. figure: a PNG to
-    draw. device: "cuda" puts from one device's memory to another's, or within one; latency is then
-    that of a put until it is flushed. Untested on hardware.
+    Each size is measured `repeats` times, ours and the peer's in turn, about `seconds` each, either
+    over connections of its own, since a connection's latency is one of several; the figures are
+    medians over the repeats. latency_spread and its like are (max - min) / median, in percent;
+    latency_p99_us is over the samples of all repeats; below 20 us a round trip, a sample is the
+    mean of some round trips, since reading the clock would be seen. figure: a PNG to draw. device:
+    "cuda" puts from one device's memory to another's, or within one; latency is then that of a put
+    until it is flushed. Untested on hardware.
     """
     check_device(device)
     if device != "cpu" and against is not None:
@@ -58,78 +62,101 @@ def run(
         raise ArgumentError(f"bench put: unknown peer {against!r}; choose {', '.join(PEERS)}")
     at_least_one("bench put", repeats=repeats)
     positive("bench put", seconds=seconds)
-    library = lib.load()
-    version = ".".join(map(str, library.version))
-    peer = find_perftest(library.path) if against else None
-    table = Table(COLUMNS)
-    rows: list[dict[str, Any]] = []
-    with Pair(transport, max(sizes), device=device) as pair:
-        facts = environment(version, library.path)
-        facts["settings"] = " ".join(f"{k}={v}" for k, v in pair.side.context.settings.items())
-        if pair.side.memory is not None:
-            facts["gpu"] = pair.side.memory.describes
-            if not pair.verify(max(sizes)):
-                raise BenchError(
-                    f"bench put: a put of {max(sizes)} bytes between devices left other bytes"
-                )
-        facts["lanes"] = " ".join(pair.side.endpoint.transports())
-        table.header(f"ucxgossip bench put, {repeats} repeats, medians", facts)
-        for nbytes in sizes:
-            row = _row(pair, peer, transport, nbytes, repeats, seconds)
-            table.row(row)
-            rows.append(row)
-    if not rows:
-        raise BenchError("bench put measured nothing")
+    peer = find_perftest(lib.load().path) if against else None
+    report = Report(
+        f"bench put, {repeats} repeats, medians",
+        COLUMNS,
+        {"transport": transport, "window": WINDOW},
+    )
+    for nbytes in sizes:
+        put = _Put(transport, nbytes, seconds, partial(Pair, transport, nbytes, device=device))
+        report.begin(put.try_out())
+        report.row(_row(put, peer, repeats, device))
     if figure is not None:
-        _draw(rows, transport, figure)
-    return facts, rows
+        _draw(report.rows, transport, figure)
+    return report.facts, report.rows
 
 
-def _row(
-    pair: Pair, peer: Perftest | None, transport: str, nbytes: int, repeats: int, seconds: float
-) -> dict[str, Any]:
-    ours: dict[str, list[float]] = {"latency": [], "bandwidth": []}
-    theirs: dict[str, list[float]] = {"latency": [], "bandwidth": []}
-    trip_us = median(pair.latency(nbytes, 20, 1)) * 2
-    batch = max(1, min(100, round(20 / trip_us)))
-    samples = max(20, min(5000, round(seconds * 1e6 / (trip_us * batch))))
-    first = pair.bandwidth(nbytes, 64)
-    puts = max(64, round(seconds * first * 1e6 / nbytes))
+_Values = dict[str, list[float]]
+
+
+@dataclass
+class _Put:
+    """How a size is measured: samples of `batch` round trips, and puts in a row."""
+
+    transport: str
+    nbytes: int
+    seconds: float
+    open: Callable[[], Pair]
+    batch: int = 1
+    samples: int = 20
+    puts: int = 64
+
+    def try_out(self) -> dict[str, object]:
+        """Find out how many make `seconds`; what the pair is, for the environment."""
+        with self.open() as pair:
+            facts: dict[str, object] = {"settings": settings_in_force(pair.side.context.settings)}
+            if pair.side.memory is not None:
+                facts["gpu"] = pair.side.memory.describes
+                if not pair.verify(self.nbytes):
+                    raise BenchError(
+                        f"bench put: a put of {self.nbytes} bytes between devices left other bytes"
+                    )
+            facts["lanes"] = " ".join(pair.side.endpoint.transports())
+            trip_us = median(pair.latency(self.nbytes, 20, 1)) * 2
+            self.batch = max(1, min(100, round(20 / trip_us)))
+            self.samples = max(20, min(5000, round(self.seconds * 1e6 / (trip_us * self.batch))))
+            first = pair.bandwidth(self.nbytes, 64)
+            self.puts = max(64, round(self.seconds * first * 1e6 / self.nbytes))
+        return facts
+
+    def once(self) -> tuple[list[float], float]:
+        """One repeat: latencies of its samples (us), and its bandwidth."""
+        with self.open() as pair:
+            pair.latency(self.nbytes, 20, self.batch)
+            times = pair.latency(self.nbytes, self.samples, self.batch)
+            pair.bandwidth(self.nbytes, 64)
+            return times, pair.bandwidth(self.nbytes, self.puts)
+
+
+def _row(put: _Put, peer: Perftest | None, repeats: int, device: str) -> dict[str, Any]:
+    ours: _Values = {"latency_us": [], "bandwidth_MBps": []}
+    theirs: _Values = {"latency_us": [], "bandwidth_MBps": []}
     sampled: list[float] = []
     for _ in range(repeats):
-        times = pair.latency(nbytes, samples, batch)
+        times, bandwidth = put.once()
         sampled += times
-        ours["latency"].append(median(times))
-        ours["bandwidth"].append(pair.bandwidth(nbytes, puts))
+        ours["latency_us"].append(median(times))
+        ours["bandwidth_MBps"].append(bandwidth)
         if peer is not None:
-            theirs["latency"].append(peer.latency(transport, nbytes, seconds=seconds))
-            theirs["bandwidth"].append(peer.bandwidth(transport, nbytes, seconds=seconds))
-    latency, bandwidth = median(ours["latency"]), median(ours["bandwidth"])
+            asked = (put.transport, put.nbytes)
+            theirs["latency_us"].append(peer.latency(*asked, seconds=put.seconds))
+            theirs["bandwidth_MBps"].append(peer.bandwidth(*asked, seconds=put.seconds))
     row: dict[str, Any] = {
         "bench": "put",
-        "transport": transport,
-        "device": pair.device,
-        "bytes": nbytes,
-        "latency_us": latency,
+        "transport": put.transport,
+        "device": device,
+        "bytes": put.nbytes,
+        "window": WINDOW,
         "latency_p99_us": summarize([each * 1e-6 for each in sampled]).p99_us,
-        "latency_spread": 100 * (max(ours["latency"]) - min(ours["latency"])) / latency,
-        "bandwidth_MBps": bandwidth,
-        "peer": None,
-        "peer_latency_us": None,
-        "peer_bandwidth_MBps": None,
-        "latency_ratio": None,
-        "bandwidth_ratio": None,
+        "peer": None if peer is None else "ucx_perftest",
     }
-    if peer is not None:
-        peer_latency, peer_bandwidth = median(theirs["latency"]), median(theirs["bandwidth"])
+    for key, values in ours.items():
+        what = key.split("_")[0]
+        row |= {key: median(values), f"{what}_spread": _spread(values), f"{what}_repeats": values}
+        others = theirs[key]
         row |= {
-            "peer": "ucx_perftest",
-            "peer_latency_us": peer_latency,
-            "peer_bandwidth_MBps": peer_bandwidth,
-            "latency_ratio": latency / peer_latency,
-            "bandwidth_ratio": bandwidth / peer_bandwidth,
+            f"peer_{key}": median(others) if others else None,
+            f"peer_{what}_spread": _spread(others) if others else None,
+            f"peer_{what}_repeats": others,
+            f"{what}_ratio": median(values) / median(others) if others else None,
         }
     return row
+
+
+def _spread(values: Sequence[float]) -> float:
+    """(max - min) / median, in percent."""
+    return 100 * (max(values) - min(values)) / median(values)
 
 
 def _draw(rows: Sequence[dict[str, Any]], transport: str, path: str) -> None:

@@ -14,15 +14,15 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from ucxgossip.bench.arguments import at_least_one
-from ucxgossip.bench.environment import environment
+from ucxgossip.bench.report import Report
 from ucxgossip.bench.spawn import run_ranks
-from ucxgossip.bench.table import Column, Table
+from ucxgossip.bench.table import Column
 from ucxgossip.errors import ArgumentError, BenchError
 
 COLUMNS = (
@@ -51,26 +51,22 @@ def run(
     transport: str, ranks: Sequence[int], repeats: int = 5
 ) -> tuple[dict[str, object], list[Row]]:
     """Print the table, return (environment, rows): one for each number of ranks."""
-    from ucxgossip.ucp import lib
-
     if not ranks or min(ranks) < 1:
         raise ArgumentError(f"bench startup: ranks are {list(ranks)}; at least 1 each")
     at_least_one("bench startup", repeats=repeats)
-    library = lib.load()
-    facts = environment(".".join(map(str, library.version)), library.path)
-    facts |= {"transport": transport, "repeats": repeats}
-    table = Table(COLUMNS)
-    table.header("ucxgossip bench startup: until a rank can train, beyond importing torch", facts)
-    rows: list[Row] = []
+    report = Report(
+        "bench startup: until a rank can train, beyond importing torch",
+        COLUMNS,
+        {"transport": transport, "repeats": repeats},
+    )
     for count in ranks:
-        starts = [_start(transport, count) for _ in range(repeats + 1)][1:]
+        starts = [_start(transport, count, report.take) for _ in range(repeats + 1)][1:]
         alone = [_alone() for _ in range(repeats)]
-        rows.append(make_row(starts, alone))
-        table.row(rows[-1])
-    return facts, rows
+        report.row({**make_row(starts, alone), "transport": transport})
+    return report.facts, report.rows
 
 
-def _start(transport: str, ranks: int) -> list[Row]:
+def _start(transport: str, ranks: int, on_line: Callable[[str], object]) -> list[Row]:
     """Start a job; what each rank found."""
     script = Path(__file__).with_name("startup_rank.py")
     with tempfile.TemporaryDirectory(prefix="ucxgossip-startup-") as folder:
@@ -79,7 +75,7 @@ def _start(transport: str, ranks: int) -> list[Row]:
             # script's folder in the path, whose modules have names that others may have too.
             ["-P", str(script), transport, folder],
             ranks,
-            on_line=lambda line: None,
+            on_line=on_line,
             deadline_s=_DEADLINE_S,
         )
         found = [json.loads(path.read_text()) for path in Path(folder).iterdir()]

@@ -41,11 +41,11 @@ from statistics import median
 from typing import Any
 
 from ucxgossip.bench.arguments import at_least_one
-from ucxgossip.bench.environment import environment
 from ucxgossip.bench.methods import parse
 from ucxgossip.bench.neighbour import describe, neighbour_cost
+from ucxgossip.bench.report import Report
 from ucxgossip.bench.spawn import run_ranks
-from ucxgossip.bench.table import Column, Table
+from ucxgossip.bench.table import Column
 from ucxgossip.errors import ArgumentError, BenchError
 
 MODELS = "convnet,gpt,resnet20,gpt4"
@@ -89,18 +89,13 @@ def run(
     exchange_ms: from post to end of all rounds of a step; hidden: the part of that under compute;
     both None without rounds, and under awc, where a round ends with the next step.
     """
-    from ucxgossip.ucp import lib
-
     methods = ["local", *(name for name in methods if name != "local")]
     _check(models, ranks, methods, cores, batch, steps, repeats)
-    library = lib.load()
-    facts = environment(".".join(map(str, library.version)), library.path)
     computing = ranks if cores != 2 or len(os.sched_getaffinity(0)) >= 2 * ranks else 1
-    facts |= {"transport": transport, "ranks": ranks, "computing": computing, "pinned": cores}
-    facts |= {"batch": batch, "steps": steps, "repeats": repeats}
+    facts: dict[str, object] = {"transport": transport, "ranks": ranks, "computing": computing}
+    facts |= {"pinned": cores, "batch": batch, "steps": steps, "repeats": repeats}
     facts["a core beside a busy one takes"] = describe(neighbour_cost())
-    table = Table(COLUMNS)
-    table.header(f"ucxgossip bench step: {ranks} ranks, {computing} of them compute", facts)
+    report = Report(f"bench step: {ranks} ranks, {computing} of them compute", COLUMNS, facts)
     job = {
         "transport": transport,
         "models": list(models),
@@ -111,12 +106,11 @@ def run(
         "steps": steps,
         "repeats": repeats,
     }
-    rows: list[Row] = []
 
     def take(line: str) -> None:
-        if line.startswith("{"):
-            rows.append({**make_row(json.loads(line), transport, ranks), "computing": computing})
-            table.row(rows[-1])
+        found = report.take(line)
+        if found is not None:
+            report.row({**make_row(found, transport, ranks), "computing": computing})
 
     count = len(models) * len(methods)
     samples = max(1.0, (batch or 0) / _EASY_BATCH)
@@ -129,9 +123,9 @@ def run(
             on_line=take,
             deadline_s=_START_S + (repeats + 1) * count * (steps or _STEPS) * _STEP_S * samples,
         )
-    if len(rows) != count:
-        raise BenchError(f"bench step: {len(rows)} rows where {count} were due")
-    return facts, rows
+    if len(report.rows) != count:
+        raise BenchError(f"bench step: {len(report.rows)} rows where {count} were due")
+    return report.facts, report.rows
 
 
 def _check(

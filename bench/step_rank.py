@@ -23,6 +23,7 @@ from ucxgossip.bench.blocks import slowest
 from ucxgossip.bench.gloo import gloo_job
 from ucxgossip.bench.methods import parse
 from ucxgossip.bench.models import loss
+from ucxgossip.bench.report import say_in_force
 from ucxgossip.bench.setting import make_optimizer
 from ucxgossip.bench.train_plan import BATCH, RATES
 from ucxgossip.bench.train_rank import trained_by
@@ -193,6 +194,7 @@ def main() -> None:
         join(transport=job["transport"], timeout=_TIMEOUT_S) as group,
         gloo_job(_TIMEOUT_S),
     ):
+        say_in_force(group)
         for model in job["models"]:
             measure(model, group, pace, job, own)
 

@@ -48,6 +48,7 @@ def test_growth_is_from_the_fewest_ranks_of_a_size() -> None:
         ({"seconds": 0.0}, "seconds"),
         ({"seconds": float("nan")}, "seconds"),
         ({"plot": "no/such/folder/x.png"}, "folder"),
+        ({"congestion": "swift"}, "swift"),
     ],
     ids=str,
 )

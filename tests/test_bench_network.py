@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -111,6 +112,32 @@ def test_links_have_the_rate_in_both_directions(allowed: None) -> None:
                 assert "tbf" in told.stdout and "rate 100Mbit" in told.stdout
 
 
+def test_the_congestion_control_is_that_of_the_namespaces(allowed: None) -> None:
+    known = network._CONTROLS.read_text().split()
+    before = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text()
+    chosen = next((each for each in known if each != before.strip()), known[0])
+    with Network(1, keep_windows=True, congestion=chosen) as made:
+        names = ("tcp_congestion_control", "tcp_slow_start_after_idle")
+        told = subprocess.run(
+            [*made.command(0), "sysctl", "-n", *(f"net.ipv4.{name}" for name in names)],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+    assert told.stdout.split() == [chosen, "0"]
+    assert Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text() == before
+
+
+def test_an_unknown_congestion_control_makes_nothing(allowed: None) -> None:
+    before = names()
+    with pytest.raises(ArgumentError, match="'swift'.*reno"):
+        network.check("swift")
+    with pytest.raises(ArgumentError, match="'swift'.*reno"), Network(1, congestion="swift"):
+        pass
+    assert names() == before
+
+
 def test_nothing_is_left_after_an_error(allowed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyboardInterrupt), Network(2) as made:
         assert {made.hub, *made.names} <= names()
@@ -119,10 +146,10 @@ def test_nothing_is_left_after_an_error(allowed: None, monkeypatch: pytest.Monke
 
     called = network._call
 
-    def broken(*command: str) -> None:
+    def broken(*command: str) -> str:
         if "address" in command:
             raise BenchError("no more addresses")
-        called(*command)
+        return called(*command)
 
     monkeypatch.setattr(network, "_call", broken)
     with pytest.raises(BenchError, match="addresses"), Network(2):
@@ -139,8 +166,9 @@ with Network(2) as made:
 
 
 @pytest.mark.spawn
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_nothing_is_left_after_a_signal(allowed: None, number: signal.Signals) -> None:
+    """What a process leaves that was killed, the next network removes."""
     process = subprocess.Popen(
         [sys.executable, "-c", STAYS],
         stdin=subprocess.PIPE,
@@ -152,8 +180,13 @@ def test_nothing_is_left_after_a_signal(allowed: None, number: signal.Signals) -
         assert process.stdout is not None
         made = set(process.stdout.readline().split())
         assert len(made) == 3 and made <= names()
+        assert not made & set(network.remove_left())
         process.send_signal(number)
         assert process.wait(timeout=60) != 0
+        if number == signal.SIGKILL:
+            assert made <= names()
+            with Network(1):
+                pass
     finally:
         process.kill()
         process.communicate(timeout=30)

@@ -75,7 +75,7 @@ def test_command(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     assert main(["bench", "startup", "--ranks", "2", "--repeats", "1", "--json", str(path)]) == 0
     (row,) = json.loads(path.read_text())["rows"]
-    assert set(row) == KEYS
+    assert set(row) == KEYS | {"transport"}
     assert row["bench"] == "startup" and row["ranks"] == 2
     assert row["compiled"] == 0
     parts = row["import_s"] + row["join_s"] + row["attach_s"]
