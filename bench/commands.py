@@ -13,12 +13,17 @@ Result = tuple[dict[str, object], list[dict[str, Any]]]
 Common = Callable[[argparse.ArgumentParser, Callable[[argparse.Namespace], Result]], None]
 
 
-def add(benches: Any, common: Common, json: Callable[[argparse.ArgumentParser], None]) -> None:
+def add(
+    benches: Any,
+    common: Common,
+    json: Callable[[argparse.ArgumentParser], None],
+    device: Callable[[argparse.ArgumentParser, str], None],
+) -> None:
     """Add the five to the subparsers `benches`.
 
     common: gives a command its action, --transport and --json; json: --json alone.
     """
-    _add_step(benches, common)
+    _add_step(benches, common, device)
     _add_idle(benches, common)
     _add_flat(benches, common)
     _add_startup(benches, common)
@@ -53,10 +58,13 @@ def _step(options: argparse.Namespace) -> Result:
         options.batch,
         options.steps,
         options.repeats,
+        options.device,
     )
 
 
-def _add_step(benches: Any, common: Common) -> None:
+def _add_step(
+    benches: Any, common: Common, device: Callable[[argparse.ArgumentParser, str], None]
+) -> None:
     step = benches.add_parser(
         "step",
         help="what communication adds to a model's training step",
@@ -70,14 +78,18 @@ def _add_step(benches: Any, common: Common) -> None:
         "not compute but takes as long (bench/step.py says how).",
     )
     common(step, _step)
+    device(step, "models on CUDA devices, which the ranks share where there are fewer")
     step.add_argument(
-        "--models", help="of lenet, convnet, resnet20, gpt, gpt4 (default: all but lenet)"
+        "--models",
+        help="of lenet, convnet, resnet20, resnet50, gpt, gpt4 (default: convnet, resnet20, gpt "
+        "and gpt4)",
     )
     step.add_argument("--ranks", type=int, default=2, help="processes (default: 2)")
     step.add_argument(
         "--methods",
         help="as for bench train (default: lockstep,gossip-both-atc,gossip-weights-atc,"
-        "gossip-weights-awc,allreduce); local is always measured",
+        "gossip-weights-awc,allreduce), and allreduce-nccl on a device a rank; local is always "
+        "measured",
     )
     step.add_argument(
         "--cores",
@@ -87,7 +99,9 @@ def _add_step(benches: Any, common: Common) -> None:
         "thread alone (default: not pinned)",
     )
     step.add_argument(
-        "--batch", type=int, help="samples a rank and step (default: 16; gpt 8, gpt4 24)"
+        "--batch",
+        type=int,
+        help="samples a rank and step (default: 16; resnet50 32, gpt 8, gpt4 24)",
     )
     step.add_argument(
         "--steps",

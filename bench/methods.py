@@ -12,9 +12,12 @@ from typing import Any
 
 from ucxgossip.errors import ArgumentError
 
+NCCL = "allreduce-nccl"
+"""DDP over NCCL, for models on a device each: `bench step` alone has such."""
 ALONE = ("local", "lockstep", "allreduce")
-"""local: no communication. lockstep: nothing is sent but a word to the step's partner, waited for
-after each step as the weights of gossip are: what it costs to wait for a partner at all."""
+"""local: no communication. allreduce: DDP over gloo. lockstep: nothing is sent but a word to the
+step's partner, waited for after each step as the weights of gossip are: what it costs to wait for a
+partner at all."""
 
 BASES: dict[str, tuple[str, str]] = {
     "gossip-both-atc": ("both", "atc"),
@@ -88,8 +91,13 @@ class Method:
         return unusual or self.drop > 0 or self.shuffle
 
 
-def parse(name: str) -> Method:
-    """The method called `name`; `ArgumentError`, which lists what is known, for any other."""
+def parse(name: str, devices: bool = False) -> Method:
+    """The method called `name`; `ArgumentError`, which lists what is known, for any other.
+
+    devices: `NCCL` is known too.
+    """
+    if devices and name == NCCL:
+        return Method(name)
     base, *options = name.split("+")
     if base in ALONE and not options:
         return Method(name)

@@ -89,6 +89,67 @@ class ResNet20(nn.Sequential):
         super().__init__(*layers, nn.AvgPool2d(8), nn.Flatten(), nn.Linear(64, classes))
 
 
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions beside a shortcut (He et al. 2016, figure 5).
+
+    The stride is the 3x3 convolution's, as in torchvision.
+    """
+
+    def __init__(self, into: int, width: int, stride: int, project: bool) -> None:
+        super().__init__()
+        out = 4 * width
+        self.body = nn.Sequential(
+            *_normed(into, width, 1),
+            nn.ReLU(),
+            *_normed(width, width, 3, stride),
+            nn.ReLU(),
+            *_normed(width, out, 1),
+        )
+        self.short = nn.Sequential(*(_normed(into, out, 1, stride) if project else ()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.short(x) + self.body(x))
+
+
+def _normed(into: int, out: int, kernel: int, stride: int = 1) -> list[nn.Module]:
+    plain = nn.Conv2d(into, out, kernel, stride=stride, padding=kernel // 2, bias=False)
+    return [plain, nn.GroupNorm(32, out)]
+
+
+class ResNet50(nn.Sequential):
+    """ResNet-50 (He et al. 2016) for 1000 classes: 25,557,032 parameters in 161 tensors.
+
+    Shapes of parameters are the original's; norms are over groups of channels, not over the batch.
+    Images of shape (n, 1, 8, 8) are enlarged to (n, 3, 224, 224) first.
+    """
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = [
+            Enlarged(28),
+            *_normed(3, 64, 7, 2),
+            nn.ReLU(),
+            nn.MaxPool2d(3, stride=2, padding=1),
+        ]
+        into = 64
+        for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+            for block in range(blocks):
+                stride = 2 if block == 0 and width > 64 else 1
+                layers.append(Bottleneck(into, width, stride, project=block == 0))
+                into = 4 * width
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(into, 1000))
+
+
+class Enlarged(nn.Module):
+    """(n, 1, h, w) to (n, 3, times h, times w): each pixel a square of one grey."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(x.expand(-1, 3, -1, -1), scale_factor=self.times)
+
+
 class Block(nn.Module):
     """A transformer block, norms first."""
 
@@ -112,7 +173,7 @@ class Block(nn.Module):
             each.reshape(shape).transpose(1, 2)
             for each in self.qkv(self.before(x)).split(width, dim=-1)
         )
-        seen = torch.ones(length, length, dtype=torch.bool).tril()
+        seen = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         scores = (q @ k.transpose(-2, -1)) * (width // self.heads) ** -0.5
         attention = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
         x = x + self.out((attention @ v).transpose(1, 2).reshape(batch, length, width))

@@ -41,8 +41,9 @@ from statistics import median
 from typing import Any
 
 from ucxgossip.bench.arguments import at_least_one
-from ucxgossip.bench.methods import parse
+from ucxgossip.bench.methods import NCCL, parse
 from ucxgossip.bench.neighbour import describe, neighbour_cost
+from ucxgossip.bench.pair import check_device
 from ucxgossip.bench.report import Report
 from ucxgossip.bench.spawn import run_ranks
 from ucxgossip.bench.table import Column
@@ -80,6 +81,7 @@ def run(
     batch: int | None = None,
     steps: int | None = None,
     repeats: int = 9,
+    device: str = "cpu",
 ) -> tuple[dict[str, object], list[Row]]:
     """Print the table, return (environment, rows): one row for each (model, method).
 
@@ -87,13 +89,16 @@ def run(
     batch: samples a rank and step; as in `bench train` by default. steps: of a method in a repeat;
     by default as many as take half a second without communication.
     exchange_ms: from post to end of all rounds of a step; hidden: the part of that under compute;
-    both None without rounds, and under awc, where a round ends with the next step.
+    both None without rounds, and under awc, where a round ends with the next step. device: "cuda"
+    trains on CUDA devices, which the ranks share where there are fewer. Untested on hardware.
     """
     methods = ["local", *(name for name in methods if name != "local")]
     _check(models, ranks, methods, cores, batch, steps, repeats)
+    gpu = _check_device(device, ranks, methods, cores)
     computing = ranks if cores != 2 or len(os.sched_getaffinity(0)) >= 2 * ranks else 1
     facts: dict[str, object] = {"transport": transport, "ranks": ranks, "computing": computing}
     facts |= {"pinned": cores, "batch": batch, "steps": steps, "repeats": repeats}
+    facts |= {"device": device} | ({"gpu": gpu} if gpu else {})
     facts["a core beside a busy one takes"] = describe(neighbour_cost())
     report = Report(f"bench step: {ranks} ranks, {computing} of them compute", COLUMNS, facts)
     job = {
@@ -102,6 +107,7 @@ def run(
         "methods": methods,
         "cores": cores,
         "computing": computing,
+        "device": device,
         "batch": batch,
         "steps": steps,
         "repeats": repeats,
@@ -110,7 +116,8 @@ def run(
     def take(line: str) -> None:
         found = report.take(line)
         if found is not None:
-            report.row({**make_row(found, transport, ranks), "computing": computing})
+            row = make_row(found, transport, ranks)
+            report.row({**row, "computing": computing, "device": device})
 
     count = len(models) * len(methods)
     samples = max(1.0, (batch or 0) / _EASY_BATCH)
@@ -158,8 +165,33 @@ def _check(
         if not names or len(set(names)) != len(names):
             raise ArgumentError(f"bench step: name at least one {what}, and none twice")
     for name in methods:
-        if parse(name).simulated_only:
+        if parse(name, devices=True).simulated_only:
             raise ArgumentError(f"bench step: method {name!r} exists in simulation only")
+
+
+def _check_device(device: str, ranks: int, methods: Sequence[str], cores: int | None) -> str | None:
+    """What the devices are, None for the CPU; a named error for what cannot be measured on them.
+
+    The driver is asked and not torch: a context made here would stay on the device beside the
+    ranks'.
+    """
+    check_device(device)
+    if device == "cpu":
+        if NCCL in methods:
+            raise ArgumentError(f"bench step: {NCCL} is for --device cuda")
+        return None
+    if cores == 2 and len(os.sched_getaffinity(0)) < 2 * ranks:
+        raise ArgumentError("bench step: with --device cuda all ranks compute; leave --cores out")
+    from ucxgossip.device import driver
+    from ucxgossip.torch_hook.device import check_cuda
+
+    check_cuda()
+    cuda = driver.load()
+    if NCCL in methods and cuda.count() < ranks:
+        raise ArgumentError(
+            f"bench step: {NCCL} needs a device a rank, and there are {cuda.count()} for {ranks}"
+        )
+    return f"{cuda.name(0)}, CUDA {cuda.version}, {cuda.count()} seen"
 
 
 def make_row(found: Row, transport: str, ranks: int) -> Row:

@@ -61,20 +61,31 @@ class Pace:
 class Course:
     """One replica of this rank, trained by a method."""
 
-    def __init__(self, task: tasks.Task, name: str, group: Group, pace: Pace, batch: int) -> None:
-        self.name, self.pace = name, pace
+    def __init__(
+        self,
+        task: tasks.Task,
+        name: str,
+        group: Group,
+        pace: Pace,
+        batch: int,
+        where: torch.device,
+    ) -> None:
+        self.name, self.pace, self._where = name, pace, where
+        self._method = parse(name, devices=True)
         self.step_ms: list[float] = []
         self.exchange_s, self.wait_s, self.steps = 0.0, 0.0, 0
         shard = task.shards(group.size, "iid", 0)[group.rank]
         chosen = torch.from_numpy(np.resize(shard, _BATCHES * batch)).reshape(_BATCHES, batch)
-        self._batches = [(task.inputs[each], task.targets[each]) for each in chosen]
-        model = task.model(0)
+        self._batches = [
+            (task.inputs[each].to(where), task.targets[each].to(where)) for each in chosen
+        ]
+        model = task.model(0).to(where)
         if not pace.computes:
             _stand_in(model, pace)
         self._optimizer = make_optimizer("sgd", model.parameters(), RATES[task.name, "sgd"])
         self._stack = ExitStack()
         self._replica = self._stack.enter_context(
-            trained_by(parse(name), model, self._optimizer, group)
+            trained_by(self._method, model, self._optimizer, group)
         )
 
     def block(self, steps: int, counted: bool = True) -> float:
@@ -83,11 +94,13 @@ class Course:
         Returns the seconds a step of the slowest rank that computes.
         """
         before = self._stats()
+        self._finish()
         dist.barrier()
         computed, begun = 0.0, time.perf_counter()
         for number in range(steps):
             computed += self._step(*self._batches[number % _BATCHES])
         self._replica.settle()
+        self._finish()
         taken = time.perf_counter() - begun
         step_s = slowest(taken / steps if self.pace.computes else 0.0)
         if self.name == "local":
@@ -112,6 +125,11 @@ class Course:
         self._optimizer.step()
         return ended - begun
 
+    def _finish(self) -> None:
+        """Wait for the device."""
+        if self._where.type == "cuda":
+            torch.cuda.synchronize(self._where)
+
     def _stats(self) -> tuple[float, float]:
         if self._replica.gossip is None:
             return 0.0, 0.0
@@ -121,7 +139,7 @@ class Course:
     def found(self, model: str, local: Course) -> dict[str, Any]:
         """What `step.make_row` takes."""
         # Rounds of awc end in the next step, when they are let mix, whenever they came.
-        gossips = self._replica.gossip is not None and parse(self.name).combine != "awc"
+        gossips = self._replica.gossip is not None and self._method.combine != "awc"
         hidden = 1 - self.wait_s / self.exchange_s if gossips and self.exchange_s else None
         return {
             "model": model,
@@ -161,11 +179,20 @@ def placed(rank: int, ranks: int, cores: int | None, computing: int) -> tuple[se
     return ({there[0]} if rank == 0 else rest), rest
 
 
+def placed_on(device: str) -> torch.device:
+    """The CPU, or of the CUDA devices there are the one of this rank's number on its host."""
+    if device == "cpu":
+        return torch.device("cpu")
+    number = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
 def measure(model: str, group: Group, pace: Pace, job: dict[str, Any], own: set[int]) -> None:
     """All methods on one model; rank 0 prints a line for each. Collective."""
     task, batch = tasks.load(model), job["batch"] or BATCH[model]
-    everywhere = os.sched_getaffinity(0)
-    courses = [Course(task, name, group, pace, batch) for name in job["methods"]]
+    everywhere, where = os.sched_getaffinity(0), placed_on(job["device"])
+    courses = [Course(task, name, group, pace, batch, where) for name in job["methods"]]
     # Threads inherit the place of the one that starts them, so the others have been started.
     os.sched_setaffinity(0, own)
     alone_s, *_ = [course.block(_WARM_UP, counted=False) for course in courses]

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ucxgossip.bench.models import CONTEXT, ConvNet, Gpt, LeNet, ResNet20
+from ucxgossip.bench.models import CONTEXT, ConvNet, Gpt, LeNet, ResNet20, ResNet50
 from ucxgossip.errors import ArgumentError, BenchError
 
 SHARDS = ("iid", "skewed")
@@ -94,7 +94,7 @@ def batch(shard: NDArray[np.int64], count: int, seed: int, rank: int, step: int)
 
 
 def load(name: str) -> Task:
-    """The task of a model: ``lenet``, ``convnet``, ``resnet20``: digits; ``gpt``, ``gpt4``."""
+    """The task of a model: lenet, convnet, resnet20, resnet50: digits; gpt, gpt4: text."""
     if name not in TASKS:
         raise ArgumentError(f"unknown model {name!r}; choose one of {', '.join(TASKS)}")
     return TASKS[name]()
@@ -177,6 +177,7 @@ TASKS: dict[str, Callable[[], Task]] = {
     "lenet": lambda: _digits("lenet", LeNet),
     "convnet": lambda: _digits("convnet", ConvNet),
     "resnet20": lambda: _digits("resnet20", ResNet20, enlarged=4),
+    "resnet50": lambda: _digits("resnet50", ResNet50),
     "gpt": lambda: _gpt("gpt"),
     "gpt4": lambda: _gpt("gpt4", width=128, heads=4, blocks=4),
 }

@@ -11,8 +11,8 @@ from ucxgossip.bench.methods import Method, parse
 from ucxgossip.bench.setting import DECAYS, OPTIMIZERS, Setting
 from ucxgossip.errors import ArgumentError
 
-STEPS = {"lenet": 1000, "convnet": 1000, "resnet20": 300, "gpt": 400, "gpt4": 400}
-BATCH = {"lenet": 16, "convnet": 16, "resnet20": 16, "gpt": 8, "gpt4": 24}
+STEPS = {"lenet": 1000, "convnet": 1000, "resnet20": 300, "resnet50": 300, "gpt": 400, "gpt4": 400}
+BATCH = {"lenet": 16, "convnet": 16, "resnet20": 16, "resnet50": 32, "gpt": 8, "gpt4": 24}
 """Samples a rank and step."""
 
 RATES = {
@@ -22,12 +22,14 @@ RATES = {
     ("convnet", "adamw"): 3e-3,
     ("resnet20", "sgd"): 0.02,
     ("resnet20", "adamw"): 3e-3,
+    ("resnet50", "sgd"): 0.02,
+    ("resnet50", "adamw"): 1e-3,
     ("gpt", "sgd"): 0.1,
     ("gpt", "adamw"): 3e-3,
     ("gpt4", "sgd"): 0.1,
     ("gpt4", "adamw"): 1e-3,
 }
-"""Rates at which all-reduce does well."""
+"""Rates at which all-reduce does well; resnet50's are guesses (`bench step` has it, for GPUs)."""
 
 
 @dataclass(frozen=True)

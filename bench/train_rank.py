@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from ucxgossip.bench import tasks
 from ucxgossip.bench.gloo import gloo_job
-from ucxgossip.bench.methods import Method, parse
+from ucxgossip.bench.methods import NCCL, Method, parse
 from ucxgossip.bench.models import loss
 from ucxgossip.bench.setting import Outcome, Setting, consensus, make_optimizer
 from ucxgossip.errors import ArgumentError
@@ -56,10 +56,13 @@ def trained_by(
     method: Method, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group
 ) -> Iterator[Replica]:
     """This rank's replica under `method` until the block ends. Collective."""
-    if method.name == "allreduce":
+    if method.name in ("allreduce", NCCL):
         from torch.nn.parallel import DistributedDataParallel
 
-        yield Replica(model, DistributedDataParallel(model))
+        over = dist.new_group(backend="nccl") if method.name == NCCL else None
+        yield Replica(model, DistributedDataParallel(model, process_group=over))
+        if over is not None:
+            dist.destroy_process_group(over)
     elif method.name == "lockstep":
         word = np.zeros(1, np.float32)
         box = group.mailbox(word.nbytes)

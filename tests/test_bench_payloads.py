@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from ucxgossip.bench.models import ResNet50
 from ucxgossip.bench.payloads import gpt2, parse, resnet50
 from ucxgossip.errors import ArgumentError
 
@@ -31,6 +32,7 @@ def test_models_by_tensor() -> None:
 
 
 def test_shapes_are_those_of_the_papers() -> None:
+    assert [tuple(each.shape) for each in ResNet50().parameters()] == list(resnet50())
     convolutions = [shape for shape in resnet50() if len(shape) == 4]
     assert len(convolutions) == 53 and convolutions[0] == (64, 3, 7, 7)
     assert convolutions[-1] == (2048, 512, 1, 1)

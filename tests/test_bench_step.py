@@ -13,7 +13,7 @@ from ucxgossip.errors import ArgumentError
 
 KEYS = {
     "bench", "transport", "model", "ranks", "method", "step_ms", "local_ms", "ratio", "spread",
-    "exchange_ms", "hidden", "computing",
+    "exchange_ms", "hidden", "computing", "device",
 }  # fmt: skip
 
 
@@ -30,7 +30,7 @@ def test_row_compares_paired_repeats() -> None:
         "tcp",
         2,
     )
-    assert set(row) == KEYS - {"computing"}
+    assert set(row) == KEYS - {"computing", "device"}
     assert (row["step_ms"], row["local_ms"], row["ratio"]) == (24.0, 20.0, 1.2)
     assert row["spread"] == pytest.approx(100 * 0.4 / 1.2)
 
@@ -50,6 +50,9 @@ def test_row_compares_paired_repeats() -> None:
         ({"batch": 0}, "batch"),
         ({"steps": 0}, "steps"),
         ({"repeats": 0}, "repeats"),
+        ({"device": "tpu"}, "tpu"),
+        ({"methods": ["allreduce-nccl"]}, "--device cuda"),
+        ({"device": "cuda", "cores": 2, "ranks": 100_000}, "too few|leave --cores out"),
     ],
     ids=str,
 )

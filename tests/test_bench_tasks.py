@@ -121,7 +121,7 @@ def test_gpt_does_not_see_the_future(loaded: dict[str, tasks.Task]) -> None:
 
 
 def test_bad_names(loaded: dict[str, tasks.Task]) -> None:
-    with pytest.raises(ArgumentError, match=f"'alexnet'; choose one of {', '.join(MODELS)}"):
+    with pytest.raises(ArgumentError, match=f"'alexnet'; choose one of {', '.join(tasks.TASKS)}"):
         tasks.load("alexnet")
     with pytest.raises(ArgumentError, match="choose one of iid, skewed"):
         loaded["lenet"].shards(2, "striped", 0)
@@ -133,3 +133,16 @@ def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(BenchError, match="pip install scikit-learn"):
         tasks.load("lenet")
+
+
+def test_resnet50_sees_images_of_its_size() -> None:
+    """224 pixels a side, three colours; a logit for each of 1000 classes, a gradient for each."""
+    task = tasks.load("resnet50")
+    model = task.model(0)
+    seen: list[torch.Size] = []
+    first = next(each for each in model.modules() if isinstance(each, torch.nn.Conv2d))
+    first.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
+    made = model(task.inputs[:1])
+    loss(made, task.targets[:1]).backward()
+    assert seen == [torch.Size([1, 3, 224, 224])] and made.shape == (1, 1000)
+    assert all(each.grad is not None and each.grad.any() for each in model.parameters())

@@ -180,7 +180,7 @@ def parser() -> argparse.ArgumentParser:
     _exchange(benches)
     _train(benches)
     _stragglers(benches)
-    add_benches(benches, _common, _json)
+    add_benches(benches, _common, _json, _device)
     return top
 
 
