@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import fake_driver as fake
+import test_engine as engines
 from ucxgossip.device import admission, cuda
 from ucxgossip.device import driver as driver_module
 from ucxgossip.device import table as t
@@ -262,6 +263,45 @@ def test_settling(device: Any, library: Any) -> None:
     library.fails["cuEventQuery"] = 719
     assert device.settle(5.0)
     assert library.live == before
+
+
+@pytest.mark.parametrize("function", ["cuEventCreate", "cuCtxPushCurrent_v2"])
+def test_settling_a_device_that_has_failed(device: Any, library: Any, function: str) -> None:
+    """It does nothing any more; one that has too little memory for an event may go on."""
+    library.fails[function] = 719
+    assert device.settle(5.0)
+    library.fails[function] = 2
+    assert not device.settle(5.0)
+
+
+def test_a_device_that_has_failed_is_left_all_the_same(
+    device: Any, library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, event = device.allocate(64), device.event()
+    handle = device.export(memory)
+    monkeypatch.setattr(cuda.os, "getpid", lambda: 0)
+    mapped = device.map(handle)
+    assert mapped and device.pin(4096, 4096)
+    library.fails["cuCtxPushCurrent_v2"] = 719
+    device.drop_event(event)
+    device.unpin(4096)
+    device.unmap(mapped)
+    assert not device.pin(8192, 4096)
+
+
+@pytest.mark.parametrize("function", [None, "cuEventCreate", "cuCtxPushCurrent_v2"])
+def test_an_engine_is_closed_on_a_device_that_has_failed(
+    device: Any, library: Any, function: str | None
+) -> None:
+    pair = engines.make_pair("shm", 4096, 2)
+    pair.engines[0].equip(pair.boxes[0], device)
+    if function is not None:
+        library.fails[function] = 719
+        pair.engines[0].renew(1, elsewhere=True)
+    for engine, box in zip(pair.engines, pair.boxes, strict=True):
+        engine.close()
+        assert engine.worker.closed and box.region.closed
+        engine.context.close()
 
 
 def test_a_device_that_is_not_there(library: Any) -> None:

@@ -18,6 +18,7 @@ import test_engine as engines
 from ucxgossip.device import table as t
 from ucxgossip.engine import device_rounds as d
 from ucxgossip.engine import drive
+from ucxgossip.engine import staging as staging_module
 from ucxgossip.engine import words as w
 from ucxgossip.engine.staging import PLACES
 from ucxgossip.errors import DeviceError
@@ -647,6 +648,27 @@ def test_a_round_that_is_broken_off_leaves_nothing_running(
         assert np.array_equal(found[chunk], old) or np.array_equal(found[chunk], new)
     start = box.region.address // 4096 * 4096
     assert start in both.device.pinned and set(both.device.pinned) != pinned
+
+
+def test_what_a_device_still_uses_is_kept_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it does not end its work in time: events, pinned memory, slots that are mapped."""
+    kept: list[object] = []
+    monkeypatch.setattr(staging_module, "_kept_for_good", kept)
+    both = DevicePair(engines.make_pair("shm", 4096, 2), (0, 1), 0, direct=True)
+    device, engine, box = both.device, both.pair.engines[0], both.pair.boxes[0]
+    monkeypatch.setattr(device, "settle", lambda _: False)
+    before = set(device.live), set(device.pinned), list(device.mapped)
+    assert all(before)
+    assert not engine.leave_ways(engines.DEADLINE_S) and both.stagings[0].ways == [1]
+    engine.renew(1, elsewhere=True)
+    assert both.stagings[0].ways == [] and not box.retired
+    for each in both.pair.engines:
+        each.close()
+    live, pinned, mapped = before
+    assert live == device.live and pinned < set(device.pinned) and mapped == device.mapped
+    assert all(staging in kept for staging in both.stagings.values())
+    for each in both.pair.engines:
+        each.context.close()
 
 
 def test_memory_that_cannot_be_pinned_is_said(

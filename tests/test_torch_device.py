@@ -120,10 +120,10 @@ def test_no_slots_are_freed_that_another_rank_has_mapped(
     mapped: list[list[int]] = []
     close = Staging.close
 
-    def closing(staging: Staging, orderly: bool = True) -> None:
+    def closing(staging: Staging, orderly: bool = True, settled: bool = True) -> None:
         mapped.extend(device.mapped for device in devices if device.mapped)
-        assert orderly
-        close(staging, orderly)
+        assert orderly and settled
+        close(staging, orderly, settled)
 
     monkeypatch.setattr(Staging, "close", closing)
 
@@ -151,9 +151,9 @@ def test_slots_stay_allocated_where_a_rank_leaves_alone(
     closed: list[bool] = []
     close, left = Staging.close, threading.Event()
 
-    def closing(staging: Staging, orderly: bool = True) -> None:
+    def closing(staging: Staging, orderly: bool = True, settled: bool = True) -> None:
         closed.append(orderly)
-        close(staging, orderly)
+        close(staging, orderly, settled)
 
     monkeypatch.setattr(Staging, "close", closing)
 
@@ -192,7 +192,7 @@ def test_ranks_need_not_all_have_a_device(
     made[0].check()
 
 
-def test_the_host_does_not_wait_for_the_device(
+def test_the_host_does_not_wait_for_the_mixes(
     job: Callable[..., list[Any]], devices: list[Any]
 ) -> None:
     """After `wait` the mixes may still be under way: only the stream waits, not the engine."""

@@ -230,7 +230,7 @@ class CudaDevice:
 
         True too where somebody else has done it, as UCX does with memory of its own.
         """
-        with self.driver.current(self.context):
+        with suppress(DeviceError), self.driver.current(self.context):
             register = self.driver.functions["cuMemHostRegister_v2"]
             status = register(address, nbytes, cuda.HOST_REGISTER_PORTABLE)
             if status == 0:
@@ -242,12 +242,13 @@ class CudaDevice:
                     for end in (address, address + nbytes - 1)
                 )
             )
+        return False
 
     def unpin(self, address: int) -> None:
         """``cuMemHostUnregister``, of what this device registered."""
         if address in self._pinned:
             self._pinned.remove(address)
-            with self.driver.current(self.context):
+            with suppress(DeviceError), self.driver.current(self.context):
                 self.driver.functions["cuMemHostUnregister"](address)
 
     def export(self, memory: DeviceMemory) -> bytes:
@@ -283,9 +284,10 @@ class CudaDevice:
         return int(base.value + offset)
 
     def unmap(self, address: int) -> None:
-        """``cuIpcCloseMemHandle``; the exporter may be gone."""
-        with self.driver.current(self.context):
-            self.driver.functions["cuIpcCloseMemHandle"](self._mapped.pop(address))
+        """``cuIpcCloseMemHandle``; the exporter may be gone, and the device have failed."""
+        base = self._mapped.pop(address)
+        with suppress(DeviceError), self.driver.current(self.context):
+            self.driver.functions["cuIpcCloseMemHandle"](base)
 
     def read(self, address: int, into: NDArray[Any]) -> None:
         """Fill a contiguous host array from device memory, after the current stream's work."""
@@ -314,7 +316,7 @@ class CudaDevice:
 
     def drop_event(self, event: int) -> None:
         """``cuEventDestroy``: the driver keeps it as long as a stream needs it."""
-        with self.driver.current(self.context):
+        with suppress(DeviceError), self.driver.current(self.context):
             self.driver.functions["cuEventDestroy_v2"](event)
 
     def record(self, event: int, stream: int) -> None:
@@ -329,15 +331,16 @@ class CudaDevice:
 
     def settle(self, timeout: float) -> bool:
         """Wait until the engine's two streams hold nothing; False after `timeout` seconds."""
-        events = [self.event() for _ in range(2)]
+        events: list[int] = []
         try:
             with self.driver.current(self.context):
-                for event, stream in zip(events, (t.OUT, t.IN), strict=True):
-                    self.driver.call("cuEventRecord", event, int(self.table[stream]))
+                for stream in (t.OUT, t.IN):
+                    events.append(self.event())
+                    self.driver.call("cuEventRecord", events[-1], int(self.table[stream]))
                 deadline = time.monotonic() + timeout
                 return all(self._completes(e, deadline - time.monotonic()) for e in events)
-        except DeviceError:  # a device that has failed does nothing any more
-            return True
+        except DeviceError as error:  # a device that has failed does nothing any more
+            return error.status != cuda.OUT_OF_MEMORY  # of which it does not stop
         finally:
             for event in events:
                 self.drop_event(event)

@@ -294,24 +294,28 @@ class Engine:
         where = f"{device.name}, round {int(row[w.ROUND])} of mailbox {mailbox.index}"
         return DeviceError("a call of the engine", status, device.error_name(status), where)
 
-    def _settle_devices(self) -> None:
-        """Wait until no device works for a round any more, for a limited time."""
+    def _settle_devices(self) -> bool:
+        """Wait until no device works for a round any more; False after a limited time."""
+        settled = True
         for device in {id(each.device): each.device for each in self.stagings.values()}.values():
             if not device.settle(_DEVICE_S):
                 _log.warning("%s: work of rounds is still under way", device.name)
+                settled = False
+        return settled
 
     def leave_ways(self, timeout: float) -> bool:
         """Let go of other ranks' memory on devices, once the rounds under way have left.
 
         Before all ranks meet for the last time: their owners may free it after that. False after
-        `timeout` seconds, when it is left as it is.
+        `timeout` seconds, or where a device does not end its work, when it is left as it is.
         """
         deadline = time.monotonic() + timeout
         while self.stagings:
             with self.locked():
                 drive.drive_once(self.words)
                 if not any(self._leaves_by_way(each) for each in self.stagings.values()):
-                    self._settle_devices()
+                    if not self._settle_devices():
+                        return False
                     for staging in self.stagings.values():
                         staging.leave_ways()
                     return True
@@ -362,7 +366,7 @@ class Engine:
                     row[w.DONE_NS] = jit.now_ns()
                     jit.store_release(row, w.STATE, w.BROKEN)
             self._drop_requests()
-            self._settle_devices()
+            settled = self._settle_devices()
             for endpoint in self.endpoints.values():
                 endpoint.abandon()
                 endpoint.close()
@@ -372,8 +376,8 @@ class Engine:
                 mailbox.renew(elsewhere)
                 self._place(self.table[mailbox.index], mailbox)
             for staging in self.stagings.values():
-                staging.forget_ways()
-                staging.follow()
+                staging.forget_ways(settled)
+                staging.follow(settled)
             self.worker.forget_users()  # of which this engine is one, and goes on
             self.worker.close()
             self.worker = worker
@@ -481,9 +485,9 @@ class Engine:
         self._drop_requests()
         for endpoint in self.endpoints.values():
             endpoint.abandon()
-        self._settle_devices()
+        settled = self._settle_devices()
         for staging in self.stagings.values():
-            staging.close(self._orderly)
+            staging.close(self._orderly, settled)
         for mailbox in self.mailboxes:
             mailbox.close()
         self.worker.close()

@@ -30,7 +30,7 @@ from ucxgossip.ucp.memory import MemoryRegion
 PLACES = 4
 """Chunks that stand in staging memory at a time, each way. Not tuned."""
 
-_kept_for_good: list[DeviceMemory] = []
+_kept_for_good: list[object] = []
 
 PROBE = 16
 """Bytes by which a way between two devices is proved before it is used."""
@@ -92,15 +92,22 @@ class Staging:
         )
         return False
 
-    def follow(self) -> None:
-        """Pin the mailbox's region, which may have moved since the last call."""
+    def follow(self, settled: bool = True) -> None:
+        """Pin the mailbox's region, which may have moved since the last call.
+
+        settled: the device reads none of the old one any more; else that stays as it is.
+        """
         region = self.mailbox.region
-        if self._slots:
-            self._pinned.remove(self._slots)
-            self.device.unpin(self._slots)
-            self._slots = 0
         start = region.address // _PAGE * _PAGE
         nbytes = -(-(region.address + region.nbytes - start) // _PAGE) * _PAGE
+        if self._slots and settled:
+            self._pinned.remove(self._slots)
+            self.device.unpin(self._slots)
+        elif self._slots:
+            self.mailbox.retired.clear()  # goes with its context
+            if start == self._slots:
+                return
+        self._slots = 0
         if self._pin(start, nbytes):
             self._slots = start
 
@@ -154,30 +161,32 @@ class Staging:
         """The ranks into whose slots on their devices this one copies."""
         return [int(rank) for rank in np.flatnonzero(self._ways)]
 
-    def forget_ways(self) -> None:
+    def forget_ways(self, settled: bool = True) -> None:
         """Stage all from now on: a rank that was taken for dead may still copy into the slots.
 
-        The device has settled. The slots stay allocated to the end of the process, as that rank
-        may write there.
+        The slots stay allocated to the end of the process, as that rank may write there; where the
+        device has not settled, what is mapped stays so.
         """
         if self._slots_there is not None:
             _kept_for_good.append(self._slots_there)
             self._slots_there = None
         self._handle = b""
-        self._unmap()
+        self._unmap(settled)
 
-    def _unmap(self) -> None:
+    def _unmap(self, settled: bool = True) -> None:
         self.words[d.SLOTS_HERE] = 0
-        self.leave_ways()
+        self.leave_ways(settled)
 
-    def leave_ways(self) -> None:
+    def leave_ways(self, settled: bool = True) -> None:
         """Copy into no other rank's slots any more, whose owners may free them then.
 
-        The device has settled, and no chunk is copied and not signalled.
+        No chunk is copied and not signalled. settled: the device has done all copies; else it may
+        still write there, and the slots stay mapped.
         """
         self.words[d.WAYS] = self.words[d.WAY] = 0
         for rank in self.ways:
-            self.device.unmap(int(self._ways[rank]))
+            if settled:
+                self.device.unmap(int(self._ways[rank]))
         self._ways[:] = 0
 
     # --- a round -------------------------------------------------------------------------------
@@ -213,11 +222,16 @@ class Staging:
 
     # --- the end -------------------------------------------------------------------------------
 
-    def close(self, orderly: bool = True) -> None:
-        """Give everything back; the device has settled. Further calls do nothing.
+    def close(self, orderly: bool = True, settled: bool = True) -> None:
+        """Give everything back. Further calls do nothing.
 
-        orderly: no other rank puts anything any more.
+        orderly: no other rank puts anything any more. settled: the device works for no round any
+        more; else all stays as it is to the end of the process, since copies and kernels that are
+        under way use it.
         """
+        if not settled:
+            _kept_for_good.append(self)
+            return
         if not orderly:
             self.forget_ways()
         self._unmap()
