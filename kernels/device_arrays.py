@@ -1,8 +1,9 @@
 """What a GPU kernel is told of its arrays: address, count and type, read without any package.
 
 Whatever has ``__cuda_array_interface__`` is taken: arrays of CuPy and numba, CUDA tensors of torch
-(bfloat16 ones as ``tensor.view(torch.uint16)``). Nothing here touches the device.
-Source: the CUDA Array Interface, version 3, in numba's documentation.
+(bfloat16 ones too, or as ``tensor.view(torch.uint16)``). Nothing here touches the device.
+Sources: the CUDA Array Interface, version 3, in numba's documentation, which knows no bfloat16;
+``Tensor.__cuda_array_interface__`` of torch, which calls it ``<V2``: two bytes of whatever.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ import numpy as np
 from ucxgossip.errors import ArgumentError, ArrayError
 from ucxgossip.kernels.contract import ITEMSIZE, check_pair
 
-_KINDS = {"<f4": "float32", "<f8": "float64", "<u2": "bfloat16", "<f2": "float16"}
+_KINDS = {
+    **{"<f4": "float32", "<f8": "float64", "<f2": "float16"},
+    **{"<u2": "bfloat16", "<V2": "bfloat16"},
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,17 @@ def distance_address(distance: object) -> int:
     if (found.kind, found.count) != ("float64", 1):
         raise ArrayError(f"mix_: distance is {found.count} of {found.kind}; must be one float64")
     return found.address
+
+
+class _Bits:
+    def __init__(self, array: Any) -> None:
+        self._array = array
+        self.__cuda_array_interface__ = {**array.__cuda_array_interface__, "typestr": "<u2"}
+
+
+def as_bits(array: Any) -> Any:
+    """`array`, as uint16 where it is torch's bfloat16, of whose type numba knows nothing."""
+    return _Bits(array) if array.__cuda_array_interface__["typestr"] == "<V2" else array
 
 
 def stream_handle(stream: object) -> int:

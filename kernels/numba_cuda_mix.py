@@ -7,7 +7,8 @@ how they are tested against NumPy without a device. bfloat16 is uint16, by its b
 The product of the mix is libdevice's ``mul_rn``, which the compiler does not fuse with the sum
 (numba has no way to say so for one kernel); the simulator has no libdevice and fuses nothing.
 
-**Untested on hardware.** numba-cuda compiles it for sm_90 (tests/test_numba_cuda_mix.py).
+**Untested on hardware.** Where numba-cuda is installed, which the test extra does not bring, it is
+compiled for sm_90 (tests/test_numba_cuda_mix.py).
 
 Rejected: as the kernel of choice, since it reads 4 bytes at a time where `cupy_mix` reads 16.
 """
@@ -21,7 +22,7 @@ import numpy as np
 from numba import cuda as _cuda
 
 from ucxgossip.kernels.contract import PAIRS, check_alpha
-from ucxgossip.kernels.device_arrays import distance_address, operands, stream_handle
+from ucxgossip.kernels.device_arrays import as_bits, distance_address, operands, stream_handle
 
 cuda: Any = _cuda
 _config: Any = numba.config
@@ -130,6 +131,6 @@ class NumbaCudaMix:
         number = np.float64(weight) if to.kind == "float64" else np.float32(weight)
         total = cuda.as_cuda_array(distance, sync=False) if wanted else self._unwanted
         blocks = min(_BLOCKS, -(-to.count // THREADS))
-        arrays = (cuda.as_cuda_array(array, sync=False) for array in (dst, src))
+        arrays = (cuda.as_cuda_array(as_bits(array), sync=False) for array in (dst, src))
         kernel = KERNELS[to.kind, payload.kind]
         kernel[blocks, THREADS, cuda.external_stream(handle)](*arrays, number, total, wanted)

@@ -11,6 +11,7 @@ from typing import Any
 
 from ucxgossip.errors import ArgumentError, MissingExtraError, NoDeviceError
 from ucxgossip.kernels.contract import Mix
+from ucxgossip.kernels.cupy_errors import named
 
 BACKENDS = {"cpu": ("numba", "torch"), "cuda": ("cupy", "numba_cuda", "torch")}
 """The backends of each device, best first."""
@@ -25,8 +26,9 @@ def select(device: object = "cpu", backend: str | None = None) -> Mix:
     ``__cuda_array_interface__``), "torch" (tensors of any device; a baseline, see `torch_mix`); by
     default the best installed: numba on the CPU, CuPy on CUDA, or numba-cuda where CuPy is missing.
 
-    `ArgumentError`: no such device or backend; `MissingExtraError`: a package is missing, with the
-    extra that brings it; `NoDeviceError`: no CUDA device can be used.
+    `ArgumentError`: no such device or backend; `MissingExtraError`: a package or a part of one is
+    missing, with the extra that brings it; `NoDeviceError`: no CUDA device can be used;
+    `CudaVersionError`, `BackendError`: CuPy cannot compile.
     """
     name = str(device).partition(":")[0]
     if name not in BACKENDS:
@@ -83,18 +85,19 @@ def _has(distribution: str) -> bool:
 
 
 def _cupy() -> Mix:
-    import cupy
+    with named():
+        import cupy
 
-    count: Any
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise NoDeviceError(f"select: no CUDA device can be used: {error}") from error
-    if count == 0:
-        raise NoDeviceError("select: no CUDA device is visible (CUDA_VISIBLE_DEVICES?)")
-    from ucxgossip.kernels.cupy_mix import CupyMix
+        count: Any
+        try:
+            count = cupy.cuda.runtime.getDeviceCount()
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            raise NoDeviceError(f"select: no CUDA device can be used: {error}") from error
+        if count == 0:
+            raise NoDeviceError("select: no CUDA device is visible (CUDA_VISIBLE_DEVICES?)")
+        from ucxgossip.kernels.cupy_mix import CupyMix
 
-    return CupyMix()
+        return CupyMix()
 
 
 def _numba_cuda() -> Mix:

@@ -181,6 +181,7 @@ def test_kernels_stay_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     ("raised", "named"),
     [
         (ImportError("libnvrtc.so.12"), MissingExtraError),
+        (RuntimeError("Failed to find CUDA headers"), MissingExtraError),
         (RuntimeError("cudaErrorInsufficientDriver"), CudaVersionError),
     ],
 )
@@ -194,6 +195,15 @@ def test_a_cupy_that_does_not_fit(
     with pytest.raises(named, match=str(raised)) as found:
         cuda.compile_kernels(0)
     assert found.value.__cause__ is raised
+
+
+def test_what_is_none_of_cupys_errors_goes_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise MemoryError("too little")
+
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(Device=fail)))
+    with pytest.raises(MemoryError, match="too little"):
+        cuda.compile_kernels(0)
 
 
 def test_reads_and_writes_go_by_the_current_stream(device: Any, library: Any) -> None:

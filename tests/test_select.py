@@ -7,9 +7,22 @@ import numpy as np
 import pytest
 import torch
 
-from ucxgossip.errors import ArgumentError, ArrayError, MissingExtraError, NoDeviceError
+from ucxgossip.errors import (
+    ArgumentError,
+    ArrayError,
+    BackendError,
+    CudaVersionError,
+    MissingExtraError,
+    NoDeviceError,
+)
 from ucxgossip.kernels import mix_, select, selection
-from ucxgossip.kernels.device_arrays import Operand, distance_address, operands, stream_handle
+from ucxgossip.kernels.device_arrays import (
+    Operand,
+    as_bits,
+    distance_address,
+    operands,
+    stream_handle,
+)
 from ucxgossip.kernels.torch_mix import mix_ as lerp
 
 
@@ -94,6 +107,49 @@ def test_cupy_without_a_device(monkeypatch: pytest.MonkeyPatch, count: Any, mess
         select("cuda:1")
 
 
+CUPYS_OWN = type("NVRTCError", (RuntimeError,), {"__module__": "cupy_backends.cuda.libs.nvrtc"})
+
+
+@pytest.mark.parametrize(
+    ("raised", "named"),
+    [
+        (ImportError("libnvrtc.so.12: cannot open shared object file"), MissingExtraError),
+        (RuntimeError("CuPy failed to load libnvrtc.so.12: OSError: ..."), MissingExtraError),
+        (RuntimeError("Failed to find CUDA headers. Please install CUDA"), MissingExtraError),
+        (RuntimeFailure("cudaErrorUnsupportedPtxVersion: compiled with ..."), CudaVersionError),
+        (CUPYS_OWN("nvrtc: error: invalid value for --gpu-architecture (-arch)"), CudaVersionError),
+        (CUPYS_OWN("NVRTC_ERROR_OUT_OF_MEMORY (1)"), BackendError),
+    ],
+)
+def test_a_cupy_that_is_broken(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception, named: type[Exception]
+) -> None:
+    """As its kernels are made; what is not CuPy's is not taken for it."""
+    for error, expected in ((raised, named), (KeyError("ours"), KeyError)):
+        module = fake_cupy(1)
+
+        def fail(error: Exception = error, **_: Any) -> None:
+            raise error
+
+        module.RawModule = fail  # type: ignore[attr-defined]
+        installed(monkeypatch, "cupy")
+        monkeypatch.setitem(__import__("sys").modules, "cupy", module)
+        with pytest.raises(expected) as found:
+            select("cuda")
+        assert type(found.value) is expected and str(error) in str(found.value)
+        if expected is named:
+            assert found.value.__cause__ is error
+        if expected in (MissingExtraError, CudaVersionError):
+            assert "ucxgossip[cu12]" in str(found.value)
+
+
+def test_a_cupy_without_its_own_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, "cupy")
+    monkeypatch.setitem(__import__("sys").modules, "cupy", None)
+    with pytest.raises(MissingExtraError, match=r"cannot be loaded.*ucxgossip\[cu12\]"):
+        select("cuda")
+
+
 def test_numba_cuda_stands_in_for_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, "numba_cuda")
     monkeypatch.setattr(selection, "_numba_cuda", lambda: lerp)
@@ -120,12 +176,26 @@ def array(
 
 @pytest.mark.parametrize(
     ("typestr", "kind", "size"),
-    [("<f4", "float32", 4), ("<f8", "float64", 8), ("<f2", "float16", 2), ("<u2", "bfloat16", 2)],
+    [
+        *(("<f4", "float32", 4), ("<f8", "float64", 8), ("<f2", "float16", 2)),
+        *(("<u2", "bfloat16", 2), ("<V2", "bfloat16", 2)),
+    ],
 )
 def test_operands(typestr: str, kind: str, size: int) -> None:
     dst, src = operands(array(typestr), array(typestr, address=8192 + size, strides=(size,)))
     assert (dst, src) == (Operand(4096, 8, kind), Operand(8192 + size, 8, kind))
     assert dst.end == 4096 + 8 * size
+
+
+def test_torch_says_v2_of_bfloat16() -> None:
+    assert torch._tensor._dtype_to_typestr(torch.bfloat16) == "<V2"
+
+
+def test_numba_is_given_bits() -> None:
+    tensor, other = array("<V2", address=8192), array("<u2")
+    found = as_bits(tensor).__cuda_array_interface__
+    assert found == tensor.__cuda_array_interface__ | {"typestr": "<u2"}
+    assert as_bits(other) is other
 
 
 def test_neighbours_do_not_overlap() -> None:

@@ -33,9 +33,10 @@ from ucxgossip.device import table as t
 from ucxgossip.device.admission import check_installed
 from ucxgossip.device.driver import Driver
 from ucxgossip.device.protocol import DeviceMemory
-from ucxgossip.errors import CudaVersionError, DeviceError, MissingExtraError, NoDeviceError
+from ucxgossip.errors import DeviceError, NoDeviceError
 from ucxgossip.kernels.cuda_source import THREADS
 from ucxgossip.kernels.cuda_whole import KINDS, WHOLE_SOURCE, names
+from ucxgossip.kernels.cupy_errors import named
 
 _BLOCKS_EACH = 8
 """Blocks a multiprocessor, as `kernels.cupy_mix` has it."""
@@ -49,10 +50,10 @@ Loader = Callable[[int], dict[str, int]]
 def compile_kernels(ordinal: int) -> dict[str, int]:
     """The engine's kernels on device `ordinal`, by name: ``CUfunction`` handles.
 
-    Compiled by NVRTC through CuPy, which caches them on disk. `MissingExtraError` where it cannot
-    be loaded, `CudaVersionError` where it cannot compile, with the cause.
+    Compiled by NVRTC through CuPy, which caches them on disk. Where it cannot, an error with the
+    cause, as `kernels.cupy_errors` names it.
     """
-    try:
+    with named():
         import cupy
 
         with cupy.cuda.Device(ordinal):
@@ -60,21 +61,9 @@ def compile_kernels(ordinal: int) -> dict[str, int]:
             found = {
                 name: module.get_function(name).kernel for kind in KINDS for name in names(kind)
             }
-    except ImportError as error:
-        raise MissingExtraError(
-            f"CuPy is installed but cannot be loaded: {error}; {_FIT}"
-        ) from error
-    except Exception as error:  # CuPy's own kinds, of NVRTC, of the runtime, of the driver
-        cause = f"{type(error).__name__}: {error}"
-        raise CudaVersionError(f"CuPy cannot make the mixing kernels: {cause}; {_FIT}") from error
     _functions.extend(found.values())
     return {name: int(function.ptr) for name, function in found.items()}
 
-
-_FIT = (
-    "it must be for the driver's CUDA: pip install 'ucxgossip[cu12]' or 'ucxgossip[cu13]', and no "
-    "other build of CuPy beside it"
-)
 
 _functions: list[Any] = []
 """Kernels stay loaded as long as the process: the engine has their handles, and a `RawModule` does
