@@ -149,7 +149,7 @@ def queued(group: ug.Group, kind: str) -> dict[str, object]:
             work /= work.norm()
         tensor.fill_(float(group.rank))
         done = torch.cuda.Event()
-        done.record()
+        done.record(torch.cuda.current_stream(where))
         stream.post()
         ahead &= step == 0 or not done.query()  # the first one connects
         stream.wait()

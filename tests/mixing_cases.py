@@ -12,6 +12,8 @@ from ucxgossip.kernels.contract import ITEMSIZE
 GUARD = 64
 CANARY = 0xA5
 SIZES = [0, 1, 7, 33, 8191, 8193, 100_003]
+MORE_THAN_A_GRID = 5_000_011
+"""Elements of which each thread of a GPU takes several."""
 ALPHAS = [0.0, 0.25, 0.5, 1.0, 0.3]
 """0.3 beside powers of two: with those a fused multiply-add rounds like two operations."""
 OFFSETS = [(0, 0), (1, 1), (1, 3), (5, 0)]

@@ -1,8 +1,9 @@
 """kernels.mix_ and the kernels of `select`: each keeps the contract, to the bit."""
 
+import itertools
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -28,6 +29,8 @@ def rng() -> np.random.Generator:
 class OnHost:
     """Arrays where they are."""
 
+    more: ClassVar[list[tuple[int, float]]] = []
+
     def place(self, guarded: Any) -> Any:
         return guarded.array
 
@@ -40,6 +43,8 @@ class OnHost:
 
 class OnDevice:
     """All of a guarded array's memory on the device, canaries too, and back."""
+
+    more: ClassVar = [(cases.MORE_THAN_A_GRID, 0.3)]
 
     def __init__(self, cupy: Any) -> None:
         self.cupy, self.kept = cupy, {}
@@ -99,31 +104,30 @@ def test_contract(
 ) -> None:
     """Against NumPy to the bit, against double to the last digit; nothing else is touched."""
     mix, place = backend
-    for size in cases.SIZES:
-        for alpha in cases.ALPHAS:
-            dst, src = (
-                cases.Guarded(kind, size, offset, rng)
-                for kind, offset in zip(kinds, offsets, strict=True)
-            )
-            before, source = dst.array.copy(), src.array.copy()
-            own, theirs, total = place.place(dst), place.place(src), place.distance(2.5)
-            returned = mix(own, theirs, alpha, distance=total)
-            place.fetch(dst, own)
-            place.fetch(src, theirs)
+    for size, alpha in [*itertools.product(cases.SIZES, cases.ALPHAS), *place.more]:
+        dst, src = (
+            cases.Guarded(kind, size, offset, rng)
+            for kind, offset in zip(kinds, offsets, strict=True)
+        )
+        before, source = dst.array.copy(), src.array.copy()
+        own, theirs, total = place.place(dst), place.place(src), place.distance(2.5)
+        returned = mix(own, theirs, alpha, distance=total)
+        place.fetch(dst, own)
+        place.fetch(src, theirs)
 
-            label = f"{size} elements, alpha {alpha}"
-            wanted = cases.expected(kinds, before, source, alpha)
-            assert cases.same_bits(dst.array, wanted), label
-            assert cases.same_bits(src.array, source), label
-            assert dst.intact() and src.intact(), label
-            found = cases.decode(kinds[0], dst.array)
-            mean, bounds = cases.mean(kinds, before, source, alpha), cases.tolerance(kinds[0])
-            np.testing.assert_allclose(found, mean, **bounds, err_msg=label)
-            distance = cases.squared_distance(kinds, before, source)
-            tolerance = TOLERANCE[kinds[0]]
-            assert float(total[0]) - 2.5 == pytest.approx(distance, rel=tolerance, abs=1e-9), label
-            if returned is not None:
-                assert returned == pytest.approx(distance, rel=tolerance, abs=0), label
+        label = f"{size} elements, alpha {alpha}"
+        wanted = cases.expected(kinds, before, source, alpha)
+        assert cases.same_bits(dst.array, wanted), label
+        assert cases.same_bits(src.array, source), label
+        assert dst.intact() and src.intact(), label
+        found = cases.decode(kinds[0], dst.array)
+        mean, bounds = cases.mean(kinds, before, source, alpha), cases.tolerance(kinds[0])
+        np.testing.assert_allclose(found, mean, **bounds, err_msg=label)
+        distance = cases.squared_distance(kinds, before, source)
+        tolerance = TOLERANCE[kinds[0]]
+        assert float(total[0]) - 2.5 == pytest.approx(distance, rel=tolerance, abs=1e-9), label
+        if returned is not None:
+            assert returned == pytest.approx(distance, rel=tolerance, abs=0), label
 
 
 @pytest.mark.parametrize("alpha", cases.ALPHAS)
@@ -348,6 +352,7 @@ def test_a_call_on_a_stream_neither_waits_nor_allocates(name: str) -> None:
     cupy = place.cupy
     stream = cupy.cuda.Stream(non_blocking=True)
     dst, src = cupy.zeros(1 << 26, np.float32), cupy.ones(1 << 26, np.float32)
+    cupy.cuda.Device().synchronize()  # they are filled on another stream
     kernel(dst, src, 0.5, stream=stream.ptr)  # numba compiles at first
     cupy.cuda.Device().synchronize()
     used = cupy.get_default_memory_pool().total_bytes(), cupy.cuda.runtime.memGetInfo()[0]
