@@ -144,4 +144,4 @@ def test_advice_about_devices() -> None:
     facts |= SimpleNamespace(rdma_devices="none", ucx_origin="wheel").__dict__
     lines = doctor.advise(facts, [])
     assert any(line.startswith("WRONG BYTES") for line in lines)
-    assert any("pinned host memory" in line for line in lines)
+    assert any("between processes of one host" in line for line in lines)

@@ -234,7 +234,8 @@ def test_memory_of_another_process(
     assert library.mapped == []
     assert device.map(b"another host".ljust(64, b"\0") + handle[64:]) == 0
     library.fails["cuIpcOpenMemHandle_v2"] = 201
-    assert device.map(handle) == 0
+    with pytest.raises(DeviceError, match=r"cuIpcOpenMemHandle_v2: .*\(201\)"):
+        device.map(handle)
     library.fails = {"cuIpcGetMemHandle": 1}
     assert device.export(memory) == b""
 

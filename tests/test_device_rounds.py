@@ -516,6 +516,9 @@ def test_ways_end_with_a_change_of_members(make: Callable[..., DevicePair]) -> N
         assert both.stagings[rank].ways == []
         assert both.word(rank, d.SLOTS_HERE) == both.word(rank, d.WAYS) == 0
     assert both.device.mapped == []
+    exported = both.device.exported
+    assert both.stagings[0].expose() == b"" and both.device.exported == exported
+    assert both.word(0, d.SLOTS_HERE) == 0
 
 
 def test_ways_are_left_once_all_has_gone_by_them(make: Callable[..., DevicePair]) -> None:
@@ -566,7 +569,8 @@ def test_ways_are_tried_before_they_are_taken(make: Callable[..., DevicePair]) -
 def test_a_way_on_which_the_driver_fails_is_none(
     make: Callable[..., DevicePair], monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    """Peers that it maps and cannot connect."""
+    """Peers that it maps and cannot connect, or does not map: the log has its error."""
+    caplog.set_level("INFO", "ucxgossip")
     both = make(4096)
     handle = both.stagings[1].expose()
 
@@ -575,7 +579,12 @@ def test_a_way_on_which_the_driver_fails_is_none(
 
     monkeypatch.setattr(both.device, "write", fail)
     assert both.stagings[0].try_way(1, 0, handle, bytes(16)) == 0
-    assert both.device.mapped == [] and "CUDA_ERROR_PEER_ACCESS_UNSUPPORTED" in caplog.text
+    assert both.device.mapped == []
+    said = "rank 0: no way to rank 1's device: {}: CUDA_ERROR_PEER_ACCESS_UNSUPPORTED (217)"
+    assert said.format("cuMemcpyAsync") in caplog.text
+    monkeypatch.setattr(both.device, "map", lambda _: fail(0))
+    assert both.stagings[0].try_way(1, 0, handle, bytes(16)) == 0
+    assert len(caplog.messages) == 2 and caplog.messages[0] == caplog.messages[1]
 
 
 def test_no_ways_where_checksums_travel_or_nothing_is_exported(

@@ -91,25 +91,30 @@ def test_ways_between_devices(
     devices: list[Any],
     exports: bool,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Ranks of one host copy into each other's slots, where the devices let them."""
+    """Ranks of one host copy into each other's slots, where the devices let them; they tell."""
+    caplog.set_level("INFO", "ucxgossip")
 
-    def body(group: ug.Group) -> list[list[int]]:
+    def body(group: ug.Group) -> tuple[list[list[int]], int]:
         model = hook.small_model(group.rank)
         optimizer = hook.make_optimizer("sgd", model)
         with ug.attach(model, optimizer, group, bucket_bytes=200) as gossip:
             gossip.synchronize()  # begins once more
-            return [
+            ways = [
                 stream.staging.ways
                 for bucket in gossip._buckets
                 for stream in (bucket.gradients_stream, bucket.weights_stream)
             ]
+            return ways, gossip.stats()["direct_ways"]
 
     if not exports:
         monkeypatch.setattr(fake.FakeDevice, "export", lambda *_: b"")
-    for rank, found in enumerate(job(3, body)):
+    for rank, (found, told) in enumerate(job(3, body)):
         others = [other for other in range(3) if other != rank]
         assert all(ways == (others if exports else []) for ways in found) and found
+        assert told == (2 if exports else 0)
+    assert ("rank 0: rank 1 has no slots on a device to offer" in caplog.text) != exports
     for device in devices:
         assert device.mapped == []
 

@@ -122,8 +122,9 @@ def advise(facts: dict[str, object], rows: list[dict[str, Any]]) -> list[str]:
         lines.append("WRONG BYTES: a put between devices did not leave what it was given.")
     if facts.get("device") == "cuda":
         lines.append(
-            "These are UCX's own puts between devices. Buckets of attach go through pinned host "
-            "memory, as `ucxgossip doctor` without --device measures it."
+            "These are UCX's own puts between devices. Buckets of attach are copied by the driver "
+            "between processes of one host whose devices it connects (stats()['direct_ways']), "
+            "else through pinned host memory, as `ucxgossip doctor` without --device measures it."
         )
     if any(row["emulated"] for row in rows):
         lines.append(

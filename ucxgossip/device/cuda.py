@@ -254,7 +254,7 @@ class CudaDevice:
         return _EXPORT.pack(_host(), os.getpid(), memory.address - base.value, bytes(handle))
 
     def map(self, handle: bytes) -> int:
-        """``cuIpcOpenMemHandle``; 0 for another host's, for this process's own, or on an error."""
+        """``cuIpcOpenMemHandle``; 0 for another host's, and for this process's own."""
         if len(handle) != _EXPORT.size:
             return 0
         host, process, offset, raw = _EXPORT.unpack(handle)
@@ -262,13 +262,12 @@ class CudaDevice:
             return 0
         base = ctypes.c_uint64()
         with self.driver.current(self.context):
-            status = self.driver.functions["cuIpcOpenMemHandle_v2"](
+            self.driver.call(
+                "cuIpcOpenMemHandle_v2",
                 ctypes.addressof(base),
                 cuda.IpcHandle.from_buffer_copy(raw),
                 cuda.IPC_LAZY_ENABLE_PEER_ACCESS,
             )
-        if status != 0:
-            return 0
         self._mapped[base.value + offset] = base.value
         return int(base.value + offset)
 

@@ -26,8 +26,8 @@ class DeviceMemory(Protocol):
 class Device(Protocol):
     """One device: memory, events, and the table by which the engine drives it.
 
-    Streams and events are integers, as C has them. All but `current_stream`, `read`, `write` and
-    `settle` return at once. Errors of the device are `DeviceError`.
+    Streams and events are integers, as C has them. `read`, `write`, `allocate` and `settle` wait
+    for the device; what else waits is the driver's affair. Errors of the device are `DeviceError`.
     """
 
     @property
@@ -75,7 +75,7 @@ class Device(Protocol):
         """By which another process of this host can `map` the memory; empty where none can."""
 
     def map(self, handle: bytes) -> int:
-        """Where this process sees memory that another one exported; 0 where it does not."""
+        """Where this process sees memory that another one of its host exported; 0: none such."""
 
     def unmap(self, address: int) -> None:
         """Give back what `map` returned."""

@@ -57,7 +57,7 @@ class Staging:
         out, came = np.array(self._events[:places]), np.array(self._events[places:-4])
         self._kept = (out, came)
         self._slots_there: DeviceMemory | None = None
-        self._handle = b""
+        self._handle, self._forgotten = b"", False
         self._ways = np.zeros(layout.ranks, np.int64)
         self.source_event, self.target_event, self.done_event, end_event = self._events[-4:]
         host = _pages(places * layout.chunk)
@@ -117,10 +117,10 @@ class Staging:
         """By which processes of this host can put into slots on the device; empty where none can.
 
         Behind the slots stands a place of `PROBE` bytes for each rank, which `seen` looks at.
-        Calls after the first return the same.
+        Calls after the first return the same, and none after `forget_ways` any.
         """
         layout = self.mailbox.layout
-        if not self._handle and not layout.verify:
+        if not self._handle and not layout.verify and not self._forgotten:
             self._probes = layout.depth * layout.stride
             memory = self.device.allocate(self._probes + PROBE * layout.ranks)
             self._handle = self.device.export(memory)
@@ -139,14 +139,18 @@ class Staging:
 
     def try_way(self, rank: int, here: int, handle: bytes, token: bytes) -> int:
         """Map the slots of `rank` and put `token` there as rank `here`; their address, or 0."""
-        address = self.device.map(handle)
+        try:
+            address = self.device.map(handle)
+        except DeviceError as error:
+            _log.info("rank %d: no way to rank %d's device: %s", here, rank, error)
+            return 0
         if address:
             layout = self.mailbox.layout
             place = address + layout.depth * layout.stride + PROBE * here
             try:
                 self.device.write(place, np.frombuffer(token, np.uint8))
             except DeviceError as error:
-                _log.warning("%s: no way to rank %d's device: %s", self.device.name, rank, error)
+                _log.info("rank %d: no way to rank %d's device: %s", here, rank, error)
                 self.device.unmap(address)
                 return 0
         return address
@@ -170,7 +174,7 @@ class Staging:
         if self._slots_there is not None:
             _kept_for_good.append(self._slots_there)
             self._slots_there = None
-        self._handle = b""
+        self._handle, self._forgotten = b"", True
         self._unmap(settled)
 
     def _unmap(self, settled: bool = True) -> None:

@@ -84,6 +84,11 @@ class DeviceInPlace:
         self._running = self._begun = False
         self._joined: set[int] = set()
 
+    @property
+    def ways(self) -> set[int]:
+        """The ranks into whose devices chunks are copied straight."""
+        return set(self.staging.ways)
+
     def begin(self) -> None:
         """Open the ways to devices of this host, once; the first round follows the first step."""
         if not self._begun and self.group.size > 1:

@@ -2,14 +2,17 @@
 
 Each rank asks each other one of its host for its slots on its device, maps them, puts a token
 behind them and asks whether it came. Only then are chunks copied there. Where any of it fails,
-which is no error, chunks are staged through host memory.
+which is no error, chunks are staged through host memory; the log says why, at INFO.
 
 Rejected: asking at each first round with a partner (it would stop a step); trusting a mapping that
 was not tried (peers that the driver cannot connect).
+
+Untested on hardware: proved with devices of one process (tests/fake_device.py).
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from collections.abc import Iterator
@@ -20,6 +23,7 @@ from ucxgossip.group import Group
 
 _KIND = "slots"
 _NOTHING, _YES = b"-", b"+"
+_log = logging.getLogger("ucxgossip")
 
 
 def serve(group: Group) -> None:
@@ -58,6 +62,7 @@ def open_ways(group: Group, staging: Staging) -> None:
     for rank in _neighbours(group):
         handle = group.fetch_from(rank, f"{_KIND} {index}")
         if not handle or handle == _NOTHING:
+            _log.info("rank %d: rank %d has no slots on a device to offer", group.rank, rank)
             continue
         token = secrets.token_bytes(PROBE)
         address = staging.try_way(rank, group.rank, handle, token)
@@ -67,6 +72,7 @@ def open_ways(group: Group, staging: Staging) -> None:
         if said == _YES:
             staging.take_way(rank, address)
         else:
+            _log.info("rank %d: what it put to rank %d's device did not come", group.rank, rank)
             staging.device.unmap(address)
 
 

@@ -322,6 +322,12 @@ class Exchange:
         meter = self.meter
         streams = [each.weights_stream or each.gradients_stream for each in self.buckets]
         distance = sum(stream.distance for stream in streams if stream is not None)
+        ways = [
+            stream.ways
+            for bucket in self.buckets
+            for stream in (bucket.gradients_stream, bucket.weights_stream)
+            if isinstance(stream, DeviceInPlace)
+        ]
         masses = [stream.mass for stream in streams if isinstance(stream, PushSum)]
         hidden = 1.0 - meter.wait_s / meter.exchange_s if meter.exchange_s > 0 else 1.0
         return {
@@ -339,6 +345,7 @@ class Exchange:
             "mass": float(np.mean(masses)) if masses else 1.0,
             "members": len(self.group.members),
             "broken": meter.broken,
+            "direct_ways": len(set.intersection(*ways)) if ways else 0,
             "lost": [dict(loss._asdict()) for loss in self.group.losses],
             "came": [dict(each._asdict()) for each in self.group.arrivals],
         }

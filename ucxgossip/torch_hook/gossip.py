@@ -316,9 +316,11 @@ class Gossip:
         out (messages, under push-sum), by the rank whose values held a NaN or an infinity, this one
         included; staleness: by rank received from, how many own steps late its values were mixed on
         average; mass: mean push-sum mass, 1 elsewhere; members: ranks that live; broken: rounds
-        that a change of members broke off or left out; lost: of each rank that was lost its number,
-        the epoch in which the others went on and when that was (seconds since 1970); came: the same
-        of each rank that came in.
+        that a change of members broke off or left out; direct_ways: ranks into whose slots on their
+        devices, mapped by this one, all buckets are copied straight, untested on hardware (the
+        others', and all on the CPU, go through host memory); lost: of each rank that was lost its
+        number, the epoch in which the others went on and when that was (seconds since 1970); came:
+        the same of each rank that came in.
         """
         return {"steps": self._steps, **self._exchange.stats()}
 
