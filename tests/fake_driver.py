@@ -44,6 +44,7 @@ class FakeLibrary:
         self.contexts: list[int] = []
         self.mode = GLOBAL
         self.retained = {0: 0, 1: 1}  # by device, how often: somebody works on number 1
+        self.captured: set[int] = set()  # streams
         self.pending: dict[int, int] = {}
         self.memory: dict[int, Any] = {}
         self.live: set[int] = set()
@@ -188,6 +189,9 @@ class FakeLibrary:
     def do_cuStreamCreateWithPriority(self, out: int, flags: int, priority: int) -> int:
         assert ctypes.c_int(priority).value == -5
         return put(out, self.new())
+
+    def do_cuStreamIsCapturing(self, stream: int, out: int) -> int:
+        return put(out, int(stream in self.captured), ctypes.c_int)
 
     def do_cuMemcpyAsync(self, to: int, source: int, nbytes: int, stream: int) -> int:
         assert self.contexts

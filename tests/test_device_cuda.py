@@ -218,6 +218,25 @@ def test_reads_and_writes_go_by_the_current_stream(device: Any, library: Any) ->
     assert library.names().count("cuEventQuery") == 4  # until they have ended
 
 
+def test_nothing_is_asked_of_a_stream_that_is_captured(device: Any, library: Any) -> None:
+    """An event that a capture records is none that can be asked for; the engine would, later."""
+    memory, values, event = device.allocate(64), np.zeros(64, np.uint8), device.event()
+    library.captured.add(STREAM)
+    library.calls.clear()
+    for ask in (
+        lambda: device.record(event, STREAM),
+        lambda: device.read(memory.address, values),
+        lambda: device.write(memory.address, values),
+    ):
+        with pytest.raises(DeviceError, match=r"\(900\): .* cuda:1 is captured in a CUDA graph"):
+            ask()
+    assert not {"cuEventRecord", "cuMemcpyAsync"} & set(library.names())
+    device.record(event, STREAM + 1)
+    library.captured.clear()
+    device.record(event, STREAM)
+    device.drop_event(event)
+
+
 def test_memory_of_another_process(
     device: Any, library: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

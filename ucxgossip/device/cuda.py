@@ -289,6 +289,7 @@ class CudaDevice:
         stream, event = self.current_stream(), self.event()
         try:
             with self.driver.current(self.context):
+                self._check_runs(stream)
                 self.driver.call("cuMemcpyAsync", to, source, nbytes, stream)
                 self.driver.call("cuEventRecord", event, stream)
                 self._await(event, f"a copy of {nbytes} bytes")
@@ -308,9 +309,23 @@ class CudaDevice:
             self.driver.functions["cuEventDestroy_v2"](event)
 
     def record(self, event: int, stream: int) -> None:
-        """``cuEventRecord``."""
+        """``cuEventRecord``; `DeviceError` where a graph of the stream is captured."""
         with self.driver.current(self.context):
+            self._check_runs(stream)
             self.driver.call("cuEventRecord", event, stream)
+
+    def _check_runs(self, stream: int) -> None:
+        """What a capture records does not run, so that its events are an error to ask for."""
+        capturing = ctypes.c_int()
+        self.driver.call("cuStreamIsCapturing", stream, ctypes.addressof(capturing))
+        if capturing.value:
+            status = cuda.CAPTURE_UNSUPPORTED
+            raise DeviceError(
+                *("cuStreamIsCapturing", status, self.driver.error_name(status)),
+                f"the current stream of {self.name} is captured in a CUDA graph, of which rounds "
+                "can be no part; keep forward, backward and optimizer.step of an attached model "
+                "out of torch.cuda.graph",
+            )
 
     def wait(self, stream: int, event: int) -> None:
         """``cuStreamWaitEvent``."""

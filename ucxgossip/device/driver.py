@@ -28,6 +28,7 @@ HOST_REGISTER_PORTABLE = 1
 IPC_LAZY_ENABLE_PEER_ACCESS = 1
 MULTIPROCESSOR_COUNT = 16
 OUT_OF_MEMORY, NO_DEVICE, INVALID_CONTEXT, ALREADY_REGISTERED = 2, 100, 201, 712
+CAPTURE_UNSUPPORTED = 900
 POINTER_MEMORY_TYPE, POINTER_IS_MANAGED, POINTER_LEGACY_IPC = 2, 8, 10
 MEMORY_TYPE_HOST, MEMORY_TYPE_DEVICE = 1, 2
 
@@ -69,6 +70,7 @@ _PROTOTYPES: dict[str, tuple[Any, ...]] = {
     "cuEventQuery": (_word,),
     "cuStreamCreateWithPriority": (_out, ctypes.c_uint, _int),
     "cuThreadExchangeStreamCaptureMode": (_out,),
+    "cuStreamIsCapturing": (_word, _out),
     "cuStreamWaitEvent": (_word, _word, ctypes.c_uint),
     "cuMemcpyAsync": (_word, _word, ctypes.c_size_t, _word),
     "cuLaunchKernel": (
