@@ -228,7 +228,9 @@ def _add_kernels(benches: Any, json: Callable[[argparse.ArgumentParser], None]) 
     )
     kernels.set_defaults(action=_kernels)
     json(kernels)
-    kernels.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    kernels.add_argument(
+        "--device", default="cpu", help="cpu or cuda, UNTESTED ON HARDWARE (default: cpu)"
+    )
     kernels.add_argument("--sizes", help="bytes of dst (default: 102.4MB; cuda: 1GiB)")
     kernels.add_argument(
         "--pairs",

@@ -12,6 +12,9 @@ No header is included, so that NVRTC needs nothing but itself: float16 goes by t
 bfloat16 by its bits, as on the CPU. The ``__f*_rn`` forms keep the compiler from fusing what
 `contract` says is rounded one by one; the kernel waits for memory, not for them.
 
+**Untested on hardware**: proved are compilation for sm_90 and, on a CPU, the arithmetic
+(tests/test_cuda_source.py).
+
 Rejected: `cuda_bf16.h` and `cuda_fp16.h` (CuPy's wheels come without them); a second kernel for
 the squared distance (a second pass); loads wider than 16 bytes (Blackwell has them, sm_90 not).
 """

@@ -8,6 +8,9 @@ filled. The host learns what was left out later, from the same two words.
 
 All kernels of the engine, the plain mix among them, take the same five arguments.
 
+**Untested on hardware**: proved are compilation for sm_90 and, on a CPU, the arithmetic
+(tests/test_cuda_whole.py).
+
 Rejected: keeping what the target held and putting it back, as on the CPU (a buffer more, and the
 same memory moved); one kernel that waits for all its blocks (a cooperative launch, which must fit
 the device beside whatever else runs there).

@@ -3,7 +3,7 @@
 It serves torch tensors of every device. It is no keeper of the whole contract: `lerp_` rounds by a
 formula of its own (last digits differ), payloads of other types are widened by a copy, and the
 squared distance takes passes and temporary memory. The methods of the tensors are all that is
-used, so that this module needs no import of torch.
+used, so that this module needs no import of torch. On CUDA untested on hardware.
 """
 
 from __future__ import annotations

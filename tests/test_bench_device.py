@@ -46,7 +46,9 @@ def test_no_peers_on_a_device(command: str, capsys: pytest.CaptureFixture[str]) 
     assert "leave --against out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["doctor", "bench put", "bench exchange", "bench step"])
+@pytest.mark.parametrize(
+    "command", ["doctor", "bench put", "bench exchange", "bench step", "bench kernels"]
+)
 def test_help_says_that_it_is_untested(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([*command.split(), "--help"])

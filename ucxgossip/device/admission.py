@@ -6,6 +6,8 @@ Memory. UCX hands device memory to other processes by the driver's IPC handles. 
 ``cudaMallocAsync`` and from torch's expandable segments has none, and may be put only in part
 without an error (openucx/ucx#11283). So what the driver does not call capable of legacy IPC is
 refused when it is registered, and the message names the allocator that made it.
+
+Untested on hardware: proved with a stand-in for the driver (tests/test_device_cuda.py).
 """
 
 from __future__ import annotations

@@ -377,7 +377,7 @@ def open_device(
 ) -> CudaDevice:
     """Device `ordinal` after all that `admission` asks for; the same one for each call.
 
-    `NoDeviceError`, `MissingExtraError`, `CudaVersionError`. Untested on hardware.
+    `NoDeviceError`, `MissingExtraError`, `CudaVersionError`, `BackendError`. Untested on hardware.
     """
     if ordinal not in _devices:
         driver = driver or cuda.load()

@@ -26,9 +26,12 @@ copy, the signal goes once the copy has completed, and says with `ON_DEVICE` whe
 copy's event is what orders the two; no fence is needed. Small rounds over a network, which go as
 one message, are staged all the same.
 
-So the host waits, at most, until the partner's chunks have come and are enqueued. A wait on the
-stream for the partner itself (``cuStreamWaitValue32``) was rejected: a partner that dies would hang
-the stream, and whoever waits for it, for ever.
+So the host waits until this rank's chunks have left, once the device has done what came before the
+post, and the partner's have come and are enqueued. Waits on the stream itself for either, on a word
+in pinned memory (``cuStreamWaitValue32``), would let it go on, and are not built: a partner that
+dies would hang the stream, and whoever waits for it, for ever, unless its word is written.
+
+Untested on hardware: proved on a device whose events complete late (tests/test_device_rounds.py).
 """
 
 from __future__ import annotations

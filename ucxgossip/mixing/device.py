@@ -1,9 +1,10 @@
-"""Streams of arrays on a device: as `InPlace` and `Held`, but nobody waits for the device.
+"""Streams of arrays on a device: as `InPlace` and `Held`, but nobody waits for the mixes.
 
 `post` records an event on the stream that computes: the engine reads the array once that has
-completed. `wait` returns when the partner's values have come and their mixes are enqueued, and lets
-the computing stream wait for them. So the host waits for the partner, never for the device; and a
-round ends in the books (its distance, what was left out) when the next one is posted.
+completed. `wait` returns when this rank's values have left, the partner's have come and their mixes
+are enqueued, and lets the computing stream wait for those. So the host waits for the partner, and
+for the device to have done what came before the post; and a round ends in the books (its distance,
+what was left out) when the next one is posted.
 
 Between devices of one host the chunks go straight (`direct`), opened by `begin`.
 
@@ -127,7 +128,10 @@ class DeviceInPlace:
                 self._running = self.group.engine.active(self.mailbox)
 
     def _join(self) -> None:
-        """Wait until all of the round is enqueued, and let the current stream wait for that."""
+        """Wait until all of the round is enqueued, and let the current stream wait for that.
+
+        The device has then done all that came before the post.
+        """
         if self.open:
             self.group.look_around()
             whole = self.meter.launched(self.group, self.mailbox)

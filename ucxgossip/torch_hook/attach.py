@@ -75,14 +75,16 @@ def attach(
     the next wait of the training thread; ``"allow"`` mixes it.
 
     Where: the model is on the CPU, or as a whole on one CUDA device (untested on hardware:
-    docs/gpu.md). There nobody waits for the device in a step, and push_sum, staleness, outer,
-    buffers and noise_correction are refused; ranks need not all have a device.
+    docs/gpu.md). There a step waits until the device has computed what it sends and the
+    partner's has come, not for the mixes; push_sum, staleness, outer, buffers and noise_correction
+    are refused; ranks need not all have a device.
 
     The model starts from rank 0's weights and buffers. Everything is checked, and agreed on by
     all ranks, before anything changes: `ModelError`, `ArrayError`, `AlreadyAttachedError`,
     `SparseGradientError`, `ScheduleError`, `ArgumentError`, `MismatchError`; on CUDA
-    `NoDeviceError`, `MissingExtraError`, `CudaVersionError`, `DeviceError`. An optimizer that
-    proves to keep no state where optimizer_state=True is a `ModelError` of its first step.
+    `BackendError` (`NoDeviceError`, `MissingExtraError`, `CudaVersionError`), `DeviceError`. An
+    optimizer that proves to keep no state where optimizer_state=True is a `ModelError` of its first
+    step.
     """
     modes = Modes(
         mix,
