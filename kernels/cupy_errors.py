@@ -2,7 +2,7 @@
 
 CuPy finds CUDA's libraries and headers when they are first needed, and says so by an error of
 whatever kind: the text is all that tells a package that is missing from one of another CUDA.
-Sources: ``_softlink.pyx``, ``core.pyx`` and ``compiler.py`` of CuPy 14. Untested on hardware.
+Sources: ``_softlink.pyx``, ``core.pyx`` and ``compiler.py`` of CuPy 15.0.0a1. Untested on hardware.
 """
 
 from __future__ import annotations
