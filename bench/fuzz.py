@@ -30,7 +30,7 @@ from ucxgossip.bench.arguments import file_to_write
 from ucxgossip.bench.environment import environment
 from ucxgossip.bench.table import Column, Table, write_json
 from ucxgossip.board import Board
-from ucxgossip.engine import handlers
+from ucxgossip.engine import arrival, handlers
 from ucxgossip.engine import words as w
 from ucxgossip.errors import ArgumentError, BenchError, GossipError
 from ucxgossip.mailbox import MAX_POSITION, Layout, parse_description
@@ -372,7 +372,7 @@ def _storm(
     for i in range(len(idents)):
         jit.copy_memory(header, headers + w.CHECKED_HEADER_BYTES * i, sizes[i])
         if idents[i] == w.AM_DATA:
-            handlers.on_data(engine, header, sizes[i], payload, lengths[i], 0)
+            arrival.on_data(engine, header, sizes[i], payload, lengths[i], 0)
         elif idents[i] == w.AM_CREDIT:
             handlers.on_credit(engine, header, sizes[i], payload, lengths[i], 0)
         else:
@@ -455,7 +455,9 @@ def _fitting(
     known = (sizes == w.HEADER_BYTES) & (headers[:, 0] >= 0) & (headers[:, 0] < len(_LAYOUTS))
     index = np.where(known, headers[:, 0], 0)
     chunks = np.array([layout.chunks for layout in _LAYOUTS])[index]
-    room = np.array([min(layout.nbytes, layout.chunk) for layout in _LAYOUTS])[index]
+    size = np.array([layout.chunk for layout in _LAYOUTS])[index]
+    whole = np.array([layout.nbytes for layout in _LAYOUTS])[index]
+    room = np.minimum(size, whole - np.clip(headers[:, 2], 0, chunks - 1) * size)
     found: NDArray[np.bool_] = (
         known
         & (headers[:, 1] >= 0)

@@ -27,6 +27,8 @@ from ucxgossip.ucp import Context, Endpoint, RemoteKey, ops
 DEADLINE_S = 30.0
 CANARY = 64
 TUNING = Constants(eager=64, chunk=1024, window=3)
+MESSAGES = Constants(eager=1024, chunk=1024, window=3)
+"""Each chunk is a message; with `TUNING` it is a put."""
 
 
 @dataclass
@@ -86,14 +88,19 @@ def transport(request: pytest.FixtureRequest) -> str:
 
 
 def make_pair(
-    transport: str, nbytes: int, depth: int, verify: bool = False, ring: bool = False
+    transport: str,
+    nbytes: int,
+    depth: int,
+    verify: bool = False,
+    ring: bool = False,
+    tuning: Constants = TUNING,
 ) -> Pair:
     contexts = [Context(transport, {"NET_DEVICES": "lo"}) for _ in range(2)]
     engines = [
-        Engine(context, rank, 2, TUNING, ring=transport != "tcp")
+        Engine(context, rank, 2, tuning, ring=transport != "tcp")
         for rank, context in enumerate(contexts)
     ]
-    layout = Layout(nbytes, depth, TUNING.chunk, verify, ring=ring)
+    layout = Layout(nbytes, depth, tuning.chunk, verify, ring=ring)
     boxes = [Mailbox(context, layout) for context in contexts]
     for rank in range(2):
         engines[rank].open(boxes[rank])
@@ -141,6 +148,11 @@ def canaries_alive(raw: np.ndarray) -> bool:
         ((8, 2, True), 8),
         ((64, 2, True), 64),
         ((5000, 2, True), 5000),
+        ((4096, 2, False, False, MESSAGES), 4096),
+        ((5000, 3, False, False, MESSAGES), 5000),
+        ((5000, 2, True, False, MESSAGES), 5000),
+        ((16 * 1024 - 24, 8, False, True, MESSAGES), 16 * 1024 - 24),
+        ((16 * 1024 - 24, 3, True, True, MESSAGES), 16 * 1024 - 24),
     ],
     indirect=["pair"],
 )
@@ -174,6 +186,7 @@ def spoiled(pair: Pair, rank: int) -> tuple[int, int]:
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # where interpreted
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", [0, CHUNK, 2 * CHUNK - 1, 4 * CHUNK - 1])
+@pytest.mark.parametrize("pair", [(4096, 2), (4096, 2, False, False, MESSAGES)], indirect=True)
 def test_a_chunk_that_is_not_finite_is_left_out_whole(pair: Pair, bad: float, place: int) -> None:
     """On both ranks, and no other chunk; the distance is that of what was mixed."""
     rng = np.random.default_rng(place)
@@ -580,9 +593,13 @@ def test_malformed_message_is_counted_and_dropped(
         each.context.close()
 
 
-def test_oversized_payload_is_dropped(transport: str) -> None:
-    pair = make_pair(transport, 16, 2)
-    header, payload = np.zeros(6, np.int64), np.ones(3)
+@pytest.mark.parametrize(
+    ("nbytes", "chunk", "count"), [(16, 0, 3), (4096, 0, 129), (4096, 3, 129), (4000, 3, 117)]
+)
+def test_oversized_payload_is_dropped(transport: str, nbytes: int, chunk: int, count: int) -> None:
+    pair = make_pair(transport, nbytes, 2)
+    header, payload = np.zeros(6, np.int64), np.ones(count)
+    header[2] = chunk
     engine = pair.engines[0]
     ops.send(
         engine.endpoints[1].handle,
@@ -598,6 +615,43 @@ def test_oversized_payload_is_dropped(transport: str) -> None:
     for each in pair.engines:
         each.close()
         each.context.close()
+
+
+@pytest.mark.parametrize("pair", [(4096, 2, False, False, MESSAGES)], indirect=True)
+def test_a_chunk_that_comes_in_its_turn_is_mixed_out_of_its_message(
+    pair: Pair, transport: str
+) -> None:
+    """And no place is written; over shared memory chunks are stored into the places."""
+    left, right = np.arange(512.0), np.arange(512.0) * 3
+    pair.post(1, right, to=-1, next_writer=-1)
+    pair.post(0, left, sender=-1, next_writer=-1)
+    pair.until(pair.ended)
+    np.testing.assert_array_equal(right, np.arange(512.0) * 2)
+    assert pair.boxes[1].slot(0, np.uint8, 4096).any() == (transport != "tcp")
+
+
+@pytest.mark.parametrize("pair", [(4096, 2, False, False, MESSAGES)], indirect=True)
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_chunk_that_comes_before_its_own_has_left_waits_in_its_place(
+    pair: Pair, transport: str, in_place: bool
+) -> None:
+    """In place it would be sent mixed; into another array it may be mixed at once."""
+    if transport != "tcp":
+        pytest.skip("a store goes into its place")
+    left, right, target = np.arange(512.0), np.arange(512.0) * 3, np.arange(512.0) * 5
+    mixed = right if in_place else target
+    pair.post(1, right, target=mixed.ctypes.data)
+    pair.until(lambda: bool(pair.boxes[0].credits[1]))  # it may not put yet, but be put to
+    pair.post(0, left)
+    while pair.word(0, w.PUT) == 0:
+        drive.drive_once(pair.engines[0].words)
+    while pair.word(1, w.MIXED) == 0 and not pair.boxes[1].slot(0, np.uint8, 1024).any():
+        ops.progress(pair.engines[1].worker.handle)  # no round moves by this alone
+    assert pair.word(1, w.SENT) == 0
+    assert (pair.word(1, w.MIXED) == 0) == in_place
+    pair.until(pair.ended)
+    np.testing.assert_array_equal(left, np.arange(512.0) * 2)
+    np.testing.assert_array_equal(mixed, np.arange(512.0) * (2 if in_place else 3))
 
 
 def test_bell_ahead_of_its_signal_keeps_the_target_awake(pair: Pair) -> None:

@@ -84,13 +84,13 @@ def _tuning(transport: str) -> dict[str, object]:
     By transport, by whether all ranks are on one host, and by size.
     """
     here, afar = usual(transport, one_host=True), usual(transport)
-    message = "" if transport == "shm" else f"up to {afar.eager} B one message over a network, "
+    message = "" if transport == "shm" else f" (up to {afar.eager} B one message over a network)"
     slots = ", ".join(f"{nbytes} B: {usual_depth(nbytes)}" for nbytes in (8, SMALL // 2, SMALL))
     facts: dict[str, object] = {"tuning": _words(here)}
     if afar != here:
         facts["tuning, several hosts"] = _words(afar)
     return facts | {
-        "rounds": f"{message}else chunks of {here.chunk} B; a blocking one of more than `ring` "
+        "rounds": f"in chunks of {here.chunk} B{message}; a blocking one of more than `ring` "
         "chunks through a ring of so many",
         "slots": f"{slots}, more: {usual_depth(SMALL + 1)}",
     }

@@ -12,14 +12,15 @@ from ucxgossip.engine import Constants
 from ucxgossip.ucp import lib
 
 CONSTANTS: dict[str, Constants] = {
-    "tcp": Constants(chunk=1 << 20, window=4, eager=1 << 16),
+    "tcp": Constants(chunk=1 << 16, window=16, eager=1 << 16, ring=32),
     "shm": Constants(chunk=1 << 18, window=16, ring=4),
-    "auto": Constants(chunk=1 << 18, window=16, eager=1 << 16, ring=32),
+    "auto": Constants(chunk=1 << 16, window=16, eager=1 << 16, ring=32),
     "verbs": Constants(chunk=1 << 18, window=16, ring=32),
 }
-"""eager: over TCP one message costs half of a put, its signal, its acknowledgement and a credit.
-ring: over shared memory 1 MiB, as large as a core's L2 cache; over a network 8 MiB, since what is
-under way must fit in (docs/performance.md). verbs: not measured."""
+"""eager: over TCP a message costs half of a put, its signal, its acknowledgement and a credit, and
+chunks are no larger than a message may be. ring: over shared memory 1 MiB, as large as a core's L2
+cache; over TCP 2 MiB, since what is under way must fit in (docs/performance.md). verbs: not
+measured."""
 
 
 def usual(transport: str, one_host: bool = False) -> Constants:
@@ -30,7 +31,8 @@ def usual(transport: str, one_host: bool = False) -> Constants:
     """
     found = CONSTANTS[transport]
     if transport == "auto" and one_host:
-        found = replace(found, ring=CONSTANTS["shm"].ring)
+        near = CONSTANTS["shm"]
+        found = replace(found, chunk=near.chunk, ring=near.ring)
     if transport == "auto" and lib.rdma_devices():
         found = replace(found, eager=4096)
     return found
@@ -40,12 +42,13 @@ def usual(transport: str, one_host: bool = False) -> Constants:
 class Tuning:
     """Constants of the engine, for `join`; what is left out is as usual for the transport.
 
-    eager: largest payload (bytes) that travels in one message with its signal; at most `chunk`, and
-    with a smaller `chunk` alone as large as that. spins, yields: idle passes before yielding, and
-    (at most) before sleeping. chunk (bytes, a multiple of 8) and window (chunks): what is put,
-    signalled and mixed at a time, and how many may be in flight. endpoints: connections to other
-    ranks that are kept; beyond it the one that was not used for longest is closed. ring: chunks
-    that a mailbox for large blocking rounds holds (`Group.mailbox`); 0: whole payloads.
+    eager: largest chunk (bytes) that travels over a network in one message with its signal, and is
+    not put; at most `chunk`, and with a smaller `chunk` alone as large as that. spins, yields: idle
+    passes before yielding, and (at most) before sleeping. chunk (bytes, a multiple of 8) and window
+    (chunks, of which 64 count at most): what is sent, signalled and mixed at a time, and how many
+    may be in flight. endpoints: connections to other ranks that are kept; beyond it the one that
+    was not used for longest is closed. ring: chunks that a mailbox for large blocking rounds holds
+    (`Group.mailbox`); 0: whole payloads.
 
     `ArgumentError` for what is no such number. ``ucxgossip doctor`` shows what is usual, and
     docs/performance.md what was measured.

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ucxgossip import forks, jit
 from ucxgossip.device import Device
-from ucxgossip.engine import device_rounds, drive, handlers, itinerary, rounds
+from ucxgossip.engine import arrival, device_rounds, drive, itinerary, rounds
 from ucxgossip.engine import words as w
 from ucxgossip.engine.apply import apply_at
 from ucxgossip.engine.post import Post
@@ -118,7 +118,7 @@ class Engine:
         forks.watch(self)
         self._fill(ring)
         with jit.warm_up(drive.run, mix):
-            self._callbacks = handlers.callbacks()
+            self._callbacks = arrival.callbacks()
             self._set_function(w.APPLY, apply_at, 5)
             self._set_function(w.MOVE, drive.move_rounds, 2)
             self.words[w.STOP] = 1
@@ -250,7 +250,7 @@ class Engine:
         row[w.CHUNK] = layout.chunk
         row[w.CHUNKS] = layout.chunks
         row[w.CAPACITY] = layout.nbytes
-        row[w.WINDOW] = self.tuning.window
+        row[w.WINDOW] = min(self.tuning.window, w.HEADER_RING)
         row[w.AHEAD] = layout.ahead
         row[w.TOLD] = mailbox.told.ctypes.data
         row[w.WAYS] = mailbox.ways.ctypes.data

@@ -1,4 +1,4 @@
-"""What arrives as active messages: small payloads, credits and bells.
+"""What arrives as active messages: credits and bells here, chunks in `arrival`.
 
 UCX calls these from ``ucp_worker_progress``, so they run compiled, without the GIL, in whatever
 thread drives. Each gets the address of the engine's words. Nothing in a message is trusted: a
@@ -8,8 +8,6 @@ header that does not fit is counted and dropped before any memory is touched.
 from __future__ import annotations
 
 from typing import Any
-
-from numba import types
 
 from ucxgossip import jit
 from ucxgossip.engine import words as w
@@ -29,7 +27,7 @@ def mailbox_floats(engine: Any, index: int) -> Any:
 
 
 @jit.njit
-def _header(address: int, header: int, header_bytes: int) -> Any:
+def read_header(address: int, header: int, header_bytes: int) -> Any:
     """The engine's words, and whether the header (copied into them) names a mailbox and chunk."""
     engine = jit.view_words(address, w.ENGINE_WORDS)
     if header_bytes != w.HEADER_BYTES and header_bytes != w.CHECKED_HEADER_BYTES:
@@ -115,37 +113,11 @@ def seen(engine: Any, mailbox: Any, number: int, chunk: int) -> bool:
 
 
 @jit.njit
-def on_data(
-    address: int, header: int, header_bytes: int, data: int, nbytes: int, param: int
-) -> int:
-    """A whole round in one message: copy it into its place, then raise its signal."""
-    engine, fits = _header(address, header, header_bytes)
-    if fits:
-        number = engine[w.HEADER_COPY + 1]
-        mailbox = mailbox_words(engine, engine[w.HEADER_COPY])
-        checked = header_bytes == w.CHECKED_HEADER_BYTES
-        if nbytes > min(mailbox[w.CAPACITY], mailbox[w.CHUNK]) or checked != (
-            mailbox[w.CHECKS] != 0
-        ):
-            engine[w.MALFORMED] += 1
-            return 0
-        place = place_of(mailbox, number, 0)
-        jit.copy_memory(mailbox[w.SLOTS] + place_offset(mailbox, place), data, nbytes)
-        if checked:
-            told = engine[w.HEADER_COPY + w.HEADER_WORDS]
-            jit.view_words(mailbox[w.CHECKS] + 8 * place, 1)[0] = told
-        expected = word_of(engine, mailbox, number, 0)
-        jit.store_release(signal_words(mailbox), place, expected)
-        take_credit(engine, mailbox)
-    return 0
-
-
-@jit.njit
 def on_credit(
     address: int, header: int, header_bytes: int, data: int, nbytes: int, param: int
 ) -> int:
     """Places of the sender are free for this rank to write."""
-    engine, fits = _header(address, header, header_bytes)
+    engine, fits = read_header(address, header, header_bytes)
     if fits:
         take_credit(engine, mailbox_words(engine, engine[w.HEADER_COPY]))
     return 0
@@ -159,7 +131,7 @@ def on_bell(
     its bell: it is noted, and nobody sleeps before it is seen. (Beyond UNSEEN_MAX at a time they
     are not noted; a sleep ends by itself after a second.)
     """
-    engine, fits = _header(address, header, header_bytes)
+    engine, fits = read_header(address, header, header_bytes)
     if fits:
         index, number = engine[w.HEADER_COPY], engine[w.HEADER_COPY + 1]
         chunk = engine[w.HEADER_COPY + 2]
@@ -187,13 +159,3 @@ def all_seen(engine: Any) -> bool:
             kept += 1
     engine[w.UNSEEN] = kept
     return kept == 0
-
-
-_word = types.int64
-_SIGNATURE = types.int8(_word, _word, _word, _word, _word, _word)
-
-
-def callbacks() -> dict[int, Any]:
-    """C functions of the handlers by message id."""
-    table = {w.AM_DATA: on_data, w.AM_CREDIT: on_credit, w.AM_BELL: on_bell}
-    return {ident: jit.c_callback(handler, _SIGNATURE) for ident, handler in table.items()}

@@ -66,9 +66,9 @@ def put_next(engine: Any, mailbox: Any) -> int:
     nbytes = min(mailbox[w.CHUNK], mailbox[w.NBYTES] - offset)
     if twin(engine, mailbox, mailbox[w.TO])[2] != 0:
         status = store_signalled(engine, mailbox, part, offset, nbytes)
-    elif mailbox[w.NBYTES] <= engine[w.EAGER]:
-        to, credit = mailbox[w.TO], riding(engine, mailbox)
-        status = send(engine, mailbox, to, w.AM_DATA, mailbox[w.ROUND], 0, credit, nbytes)
+    elif min(mailbox[w.NBYTES], mailbox[w.CHUNK]) <= engine[w.EAGER]:
+        to, credit = mailbox[w.TO], riding(engine, mailbox) if part == 0 else 0
+        status = send(engine, mailbox, to, w.AM_DATA, mailbox[w.ROUND], part, credit, nbytes)
         requests_of(mailbox, part)[0] = max(status, 0)
     else:
         status = put_signalled(engine, mailbox, part, offset, nbytes)

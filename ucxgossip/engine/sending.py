@@ -73,15 +73,16 @@ def send(
     credit: int,
     nbytes: int,
 ) -> int:
-    """Send an active message about (round, chunk); `nbytes` of the source go with it."""
+    """Send an active message about (round, chunk); `nbytes` of that chunk go with it."""
     # UCX 1.13 does not know COPY_HEADER: the ring keeps a header while its message may wait.
-    kept = w.HEADER_RING * ident + (number + chunk + credit) % w.HEADER_RING
+    turn = credit if ident == w.AM_CREDIT else number * mailbox[w.CHUNKS] + chunk
+    kept = w.HEADER_RING * ident + turn % w.HEADER_RING
     header = mailbox[w.HEADERS] + w.CHECKED_HEADER_BYTES * kept
     header_bytes = w.HEADER_BYTES
     fields = jit.view_words(header, w.HEADER_WORDS + 1)
     fields[0], fields[1], fields[2] = mailbox[w.INDEX], number, chunk
     fields[3], fields[4], fields[5] = engine[w.EPOCH], engine[w.RANK], credit
-    data = _together(mailbox, chunk, 0, nbytes) if nbytes else 0
+    data = _together(mailbox, chunk, chunk * mailbox[w.CHUNK], nbytes) if nbytes else 0
     if ident == w.AM_DATA and mailbox[w.CHECKS] != 0:
         fields[w.HEADER_WORDS] = checksum(engine, mailbox, number, chunk, data, nbytes)
         header_bytes = w.CHECKED_HEADER_BYTES

@@ -151,7 +151,7 @@ AM_BELL = 2
 SHORT = 8192  # payloads that UCX had better copy, at once, than register and track, bytes
 HEADER_WORDS = 6  # mailbox, round, chunk, epoch, the sender's rank, the credit it gives (0: none)
 HEADER_BYTES = 8 * HEADER_WORDS
-HEADER_RING = 64
+HEADER_RING = 64  # messages of a mailbox and kind that may wait; no window is larger
 CHECKED_HEADER_BYTES = HEADER_BYTES + 8  # of data with a checksum, which follows
 
 # --- values of FAILURE that are no ucs_status_t (those end at -100) ----------------------------
