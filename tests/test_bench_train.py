@@ -139,7 +139,10 @@ def test_diverged_runs_are_reported(tmp_path: Path) -> None:
         (["--methods", ""], "at least one method"),
         (["--methods", "local,local"], "none twice"),
         (["--methods", "gossip-deferred"], "add --simulate"),
-        (["--model", "vgg"], "unknown model 'vgg'; choose one of lenet, convnet, resnet20, gpt"),
+        (
+            ["--model", "vgg"],
+            "unknown model 'vgg'; choose one of lenet, convnet, resnet20, resnet50, gpt",
+        ),
         (["--optimizer", "lion"], "choose one of sgd, adamw"),
         (["--shards", "even"], "choose one of iid, skewed"),
         (["--decay", "step"], "choose one of constant, cosine"),
