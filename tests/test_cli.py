@@ -95,7 +95,7 @@ def test_doctor(transport: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_doctor_tells_what_several_hosts_change() -> None:
-    assert "tuning, several hosts" not in doctor._tuning("tcp")
+    assert "tuning, several hosts" not in doctor._tuning("shm")
     told = doctor._tuning("auto")
     ring, far = CONSTANTS["shm"].ring, CONSTANTS["auto"].ring
     assert f"ring={ring}" in str(told["tuning"]).split()

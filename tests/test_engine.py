@@ -22,6 +22,7 @@ from ucxgossip.engine import words as w
 from ucxgossip.engine.checks import checksum
 from ucxgossip.errors import ArgumentError, ClosedError, ExchangeError
 from ucxgossip.mailbox import Layout, Mailbox, parse_description
+from ucxgossip.scattered import lay_out
 from ucxgossip.ucp import Context, Endpoint, RemoteKey, ops
 
 DEADLINE_S = 30.0
@@ -627,6 +628,26 @@ def test_a_chunk_that_comes_in_its_turn_is_mixed_out_of_its_message(
     pair.post(0, left, sender=-1, next_writer=-1)
     pair.until(pair.ended)
     np.testing.assert_array_equal(right, np.arange(512.0) * 2)
+    assert pair.boxes[1].slot(0, np.uint8, 4096).any() == (transport != "tcp")
+
+
+@pytest.mark.parametrize("pair", [(4096, 2, False, False, MESSAGES)], indirect=True)
+def test_so_is_one_that_belongs_to_several_arrays(pair: Pair, transport: str) -> None:
+    left = np.arange(512.0)
+    arrays = [np.full(size, 100.0) for size in (1, 126, 3, 382)]
+    table = lay_out([each.ctypes.data for each in arrays], [each.nbytes for each in arrays])
+    pair.post(
+        1,
+        left,
+        source=table.ctypes.data,
+        target=table.ctypes.data,
+        scattered=1,
+        to=-1,
+        next_writer=-1,
+    )
+    pair.post(0, left, sender=-1, next_writer=-1)
+    pair.until(pair.ended)
+    np.testing.assert_array_equal(np.concatenate(arrays), 50 + np.arange(512.0) / 2)
     assert pair.boxes[1].slot(0, np.uint8, 4096).any() == (transport != "tcp")
 
 

@@ -17,7 +17,7 @@ from ucxgossip.buffer import Buffer
 from ucxgossip.engine import channel
 from ucxgossip.mixing.collective import PIECE, Collective
 from ucxgossip.schedule import Dissemination, Rotated
-from ucxgossip.tuning import CONSTANTS
+from ucxgossip.tuning import CONSTANTS, usual
 
 Ranks = Callable[..., list[Any]]
 TIMEOUT = 30.0
@@ -441,24 +441,22 @@ def test_bad_tuning(constants: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("transport", CONSTANTS)
 def test_tuning_leaves_the_rest_as_usual(transport: str) -> None:
-    usual = CONSTANTS[transport]
-    eager = min(4096, usual.eager)
-    assert asdict(ug.Tuning()).keys() == asdict(usual).keys()
-    assert ug.Tuning(endpoints=64).over(transport) == replace(usual, endpoints=64)
-    assert ug.Tuning(chunk=4096).over(transport) == replace(usual, chunk=4096, eager=eager)
-    assert ug.Tuning(eager=0, window=2).over(transport) == replace(usual, eager=0, window=2)
+    others = CONSTANTS[transport]
+    eager = min(4096, others.eager)
+    assert asdict(ug.Tuning()).keys() == asdict(others).keys()
+    assert ug.Tuning(endpoints=64).over(transport) == replace(others, endpoints=64)
+    assert ug.Tuning(chunk=4096).over(transport) == replace(others, chunk=4096, eager=eager)
+    assert ug.Tuning(eager=0, window=2).over(transport) == replace(others, eager=0, window=2)
 
 
 @pytest.mark.parametrize("transport", ["auto", "tcp", "shm"])
 def test_tuning_of_a_group_on_one_host(transport: str, store: Any) -> None:
-    """There "auto" is shared memory, whose rings are to stay in the cache."""
-    usual = CONSTANTS[transport]
-    if transport == "auto":
-        near = CONSTANTS["shm"]
-        assert (usual.chunk, usual.ring) != (near.chunk, near.ring)
-        usual = replace(usual, chunk=near.chunk, ring=near.ring)
+    """There "auto" is shared memory, whose rings are to stay in the cache, and TCP goes by
+    messages."""
+    here, afar = usual(transport, one_host=True), usual(transport)
+    assert (here == afar) == (transport == "shm")
     with ug.join(0, 1, store, transport, tuning=ug.Tuning(yields=7)) as group:
-        assert group.tuning == replace(usual, yields=7)
+        assert group.tuning == replace(here, yields=7)
 
 
 def test_tuning_that_does_not_fit_the_transport(store: Any) -> None:

@@ -12,27 +12,32 @@ from ucxgossip.engine import Constants
 from ucxgossip.ucp import lib
 
 CONSTANTS: dict[str, Constants] = {
-    "tcp": Constants(chunk=1 << 16, window=16, eager=1 << 16, ring=32),
+    "tcp": Constants(chunk=1 << 20, window=4, eager=1 << 16),
     "shm": Constants(chunk=1 << 18, window=16, ring=4),
-    "auto": Constants(chunk=1 << 16, window=16, eager=1 << 16, ring=32),
+    "auto": Constants(chunk=1 << 18, window=16, eager=1 << 16, ring=32),
     "verbs": Constants(chunk=1 << 18, window=16, ring=32),
 }
-"""eager: over TCP a message costs half of a put, its signal, its acknowledgement and a credit, and
-chunks are no larger than a message may be. ring: over shared memory 1 MiB, as large as a core's L2
-cache; over TCP 2 MiB, since what is under way must fit in (docs/performance.md). verbs: not
-measured."""
+"""eager: over TCP a message costs half of a put, its signal, its acknowledgement and a credit.
+ring: over shared memory 1 MiB, as large as a core's L2 cache; over a network 8 MiB, since what is
+under way must fit in (docs/performance.md). verbs: not measured."""
+
+_ONE_HOST = {
+    "tcp": Constants(chunk=1 << 16, window=16, eager=1 << 16, ring=32),
+    "auto": replace(CONSTANTS["auto"], ring=CONSTANTS["shm"].ring),
+}
+"""Where all ranks are on one host. TCP costs processor time there, of which chunks that are
+messages need less; over a link they would let a rank begin its next round while the last one's
+bytes still wait in its socket, and the two share the link. "auto" is shared memory."""
 
 
 def usual(transport: str, one_host: bool = False) -> Constants:
-    """`CONSTANTS`; for "auto" by what it will be.
+    """The constants of a transport, by whether all ranks are on one host.
 
-    one_host: all ranks are on one, and "auto" is shared memory. RDMA devices: small messages only,
-    where one may carry them (not measured).
+    RDMA devices: small messages only, where one may carry them (not measured).
     """
     found = CONSTANTS[transport]
-    if transport == "auto" and one_host:
-        near = CONSTANTS["shm"]
-        found = replace(found, chunk=near.chunk, ring=near.ring)
+    if one_host:
+        found = _ONE_HOST.get(transport, found)
     if transport == "auto" and lib.rdma_devices():
         found = replace(found, eager=4096)
     return found

@@ -30,6 +30,7 @@ from ucxgossip.engine.handlers import (
     take_credit,
     word_of,
 )
+from ucxgossip.engine.rounds import apply_pieces
 
 
 @jit.njit
@@ -44,7 +45,6 @@ def _wanted_now(engine: Any, mailbox: Any, number: int, chunk: int, nbytes: int)
         and (mailbox[w.TO] < 0 or mailbox[w.SENT] > chunk or mailbox[w.SOURCE] != mailbox[w.TARGET])
         and mailbox[w.HELD] == 0
         and mailbox[w.DEVICE] == 0
-        and mailbox[w.SCATTERED] == 0
         and mailbox[w.CHECKS] == 0
     )
 
@@ -67,7 +67,10 @@ def on_data(
         engine[w.MALFORMED] += 1
         return 0
     if _wanted_now(engine, mailbox, number, chunk, nbytes):
-        apply(engine, mailbox, mailbox[w.TARGET] + offset, data, nbytes)
+        if mailbox[w.SCATTERED]:
+            apply_pieces(engine, mailbox, offset, nbytes, data)
+        else:
+            apply(engine, mailbox, mailbox[w.TARGET] + offset, data, nbytes)
         mailbox[w.MIXED] = chunk + 1
         take_credit(engine, mailbox)
         return 0

@@ -100,7 +100,7 @@ def reap(mailbox: Any) -> int:
 
 
 @jit.njit
-def _apply_pieces(engine: Any, mailbox: Any, offset: int, nbytes: int, came: int) -> None:
+def apply_pieces(engine: Any, mailbox: Any, offset: int, nbytes: int, came: int) -> None:
     """Mix the chunk at `came` into the arrays of the target that it belongs to."""
     target = mailbox[w.TARGET]
     array, done = array_at(target, offset), 0
@@ -126,7 +126,7 @@ def _mix_next(engine: Any, mailbox: Any) -> int:
     if not intact(engine, mailbox, mailbox[w.ROUND], part, came, nbytes):
         return fail(mailbox, w.CORRUPT)
     if mailbox[w.SCATTERED]:
-        _apply_pieces(engine, mailbox, offset, nbytes, came)
+        apply_pieces(engine, mailbox, offset, nbytes, came)
     else:
         apply(engine, mailbox, mailbox[w.TARGET] + offset, came, nbytes)
     mailbox[w.MIXED] = part + 1
