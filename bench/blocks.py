@@ -6,14 +6,16 @@ by block, so that what a method is compared with saw the same machine a moment b
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
+T = TypeVar("T")
 _TRIED = 3
 _MOST = 20_000
 
@@ -43,12 +45,13 @@ def block(once: Callable[[], object], rounds: int) -> Block:
     return Block(slowest(taken / rounds), idle / total if total else 0.0)
 
 
-def in_order(names: Iterable[str], repeat: int) -> list[str]:
-    """The methods in the order of a repeat: each begins with the next one, so that none always
-    comes after the same other."""
-    chosen = list(names)
-    first = repeat % len(chosen)
-    return chosen[first:] + chosen[:first]
+def in_order(methods: Iterable[T], repeat: int) -> list[T]:
+    """The methods in the order of a repeat, shuffled by its number: the same on all ranks.
+
+    Turns that merely rotate leave each method behind the same other.
+    """
+    chosen = list(methods)
+    return random.Random(repeat).sample(chosen, len(chosen))
 
 
 def in_turns(

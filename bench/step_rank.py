@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ucxgossip.bench import tasks
-from ucxgossip.bench.blocks import slowest
+from ucxgossip.bench.blocks import in_order, slowest
 from ucxgossip.bench.gloo import gloo_job
 from ucxgossip.bench.methods import parse
 from ucxgossip.bench.models import loss
@@ -198,9 +198,8 @@ def measure(model: str, group: Group, pace: Pace, job: dict[str, Any], own: set[
     alone_s, *_ = [course.block(_WARM_UP, counted=False) for course in courses]
     steps = job["steps"] or max(_WARM_UP, round(_BLOCK_S / alone_s))
     for repeat in range(job["repeats"]):
-        # Local first, for the pace; the others in another order each time.
-        turn = repeat % max(1, len(courses) - 1)
-        for course in (courses[0], *courses[1 + turn :], *courses[1 : 1 + turn]):
+        # Local first, for the pace.
+        for course in (courses[0], *in_order(courses[1:], repeat)):
             course.block(steps)
     if group.rank == 0:
         for course in courses:

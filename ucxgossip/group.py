@@ -105,14 +105,14 @@ def join(
     place = Place.from_environment(rank, size)
     if store is None and place.size == 1:
         store, token = Solitary(), new_token() if token is None else token
-    constants = (tuning or Tuning()).over(transport, place.local_size == place.size)
+    constants = (tuning or Tuning()).over(transport, place.one_host)
     min_size = place.founders(min_size)
     secret = find_token(token)  # before a store is opened
     store = open_store(place, timeout) if store is None else store
     meeting = Rendezvous(store, place.rank, min_size, timeout, secret)
     note = running.next_key()
     chosen = dict(settings or {})
-    if place.local_size == place.size and transport != "verbs":
+    if place.one_host and transport != "verbs":
         chosen.setdefault("NET_DEVICES", "lo")
     context, found = None, None
     try:

@@ -82,6 +82,11 @@ class Place:
             local = size
         return cls(rank, size, host or "127.0.0.1", _whole("MASTER_PORT", 29500), local)
 
+    @property
+    def one_host(self) -> bool:
+        """Whether all ranks are on this host."""
+        return self.local_size == self.size
+
     def founders(self, min_size: int | None) -> int:
         """How many ranks begin the job: `min_size`, else UCXGOSSIP_MIN_SIZE, else all."""
         chosen = _whole("UCXGOSSIP_MIN_SIZE", self.size) if min_size is None else min_size
@@ -99,7 +104,7 @@ class Place:
         chosen = os.environ.get("UCXGOSSIP_HOST")
         if chosen:
             return chosen
-        if self.host in LOOPBACK or self.local_size == self.size:
+        if self.host in LOOPBACK or self.one_host:
             return "127.0.0.1"
         found = _source_address(self.host)
         # A host's own name often stands for a loopback address in its hosts file.

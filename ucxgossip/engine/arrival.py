@@ -1,10 +1,11 @@
 """A chunk that arrives as an active message: mixed at once if it may be, else laid into its place.
 
 UCX calls `on_data` with the payload still in the buffer to which the kernel has just copied it.
-Mixed from there it is read out of the cache, and no place is written or read at all. So over TCP
-chunks go as messages, of one segment each, and not as puts: UCX completes a put over TCP when the
-target's acknowledgement comes back, and in place a chunk is mixed after that, when it has left the
-cache (docs/performance.md, "Messages in place of puts").
+Mixed from there it is read out of the cache, and no place is written or read at all. So over TCP on
+one host chunks go as messages, of one segment each, and not as puts: UCX completes a put over TCP
+when the target's acknowledgement comes back, and in place a chunk is mixed after that, when it has
+left the cache (docs/performance.md, "Messages in place of puts"). The payload may stand at any
+address; numba's loads of it are unaligned ones.
 
 Rejected: mixing only in `advance` (each chunk is copied into its place first); mixing what comes
 before its turn, or before its own chunk has left (a round mixes in order, and in place).
