@@ -652,11 +652,11 @@ def test_so_is_one_that_belongs_to_several_arrays(pair: Pair, transport: str) ->
 
 
 @pytest.mark.parametrize("pair", [(4096, 2, False, False, MESSAGES)], indirect=True)
-@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize(("in_place", "window"), [(True, 0), (True, 2), (False, 0), (False, 2)])
 def test_a_chunk_that_comes_before_its_own_has_left_waits_in_its_place(
-    pair: Pair, transport: str, in_place: bool
+    pair: Pair, transport: str, in_place: bool, window: int
 ) -> None:
-    """In place it would be sent mixed; into another array it may be mixed at once."""
+    """In place it would be sent mixed, unless its own can leave just then; else it is mixed."""
     if transport != "tcp":
         pytest.skip("a store goes into its place")
     left, right, target = np.arange(512.0), np.arange(512.0) * 3, np.arange(512.0) * 5
@@ -666,10 +666,15 @@ def test_a_chunk_that_comes_before_its_own_has_left_waits_in_its_place(
     pair.post(0, left)
     while pair.word(0, w.PUT) == 0:
         drive.drive_once(pair.engines[0].words)
+    row = pair.engines[1].table[0]
+    row[w.WINDOW] = window
     while pair.word(1, w.MIXED) == 0 and not pair.boxes[1].slot(0, np.uint8, 1024).any():
-        ops.progress(pair.engines[1].worker.handle)  # no round moves by this alone
-    assert pair.word(1, w.SENT) == 0
-    assert (pair.word(1, w.MIXED) == 0) == in_place
+        ops.progress(pair.engines[1].worker.handle)
+    waits = in_place and window == 0
+    assert (pair.word(1, w.MIXED) == 0) == waits
+    assert pair.boxes[1].slot(0, np.uint8, 1024).any() == waits
+    assert pair.word(1, w.SENT) == int(in_place and not waits)
+    row[w.WINDOW] = 2
     pair.until(pair.ended)
     np.testing.assert_array_equal(left, np.arange(512.0) * 2)
     np.testing.assert_array_equal(mixed, np.arange(512.0) * (2 if in_place else 3))

@@ -7,6 +7,10 @@ when the target's acknowledgement comes back, and in place a chunk is mixed afte
 left the cache (docs/performance.md, "Messages in place of puts"). The payload may stand at any
 address; numba's loads of it are unaligned ones.
 
+One call of UCX's progress brings up to sixteen messages, and a pass puts one chunk. So a chunk
+whose own has not left yet lets the rounds move first: where the connection takes it, its own
+leaves then and there.
+
 Rejected: mixing only in `advance` (each chunk is copied into its place first); mixing what comes
 before its turn, or before its own chunk has left (a round mixes in order, and in place).
 """
@@ -20,6 +24,7 @@ from numba import types
 from ucxgossip import jit
 from ucxgossip.engine import words as w
 from ucxgossip.engine.apply import apply
+from ucxgossip.engine.drive import move
 from ucxgossip.engine.handlers import (
     mailbox_words,
     on_bell,
@@ -32,6 +37,19 @@ from ucxgossip.engine.handlers import (
     word_of,
 )
 from ucxgossip.engine.rounds import apply_pieces
+
+
+@jit.njit
+def _before_its_own(mailbox: Any, number: int, chunk: int) -> bool:
+    """Whether the chunk is of the round under way, in place, and its own has not left."""
+    return (
+        jit.load_acquire(mailbox, w.STATE) == w.ACTIVE
+        and mailbox[w.ROUND] == number
+        and mailbox[w.DEVICE] == 0
+        and mailbox[w.TO] >= 0
+        and mailbox[w.SENT] <= chunk < mailbox[w.PARTS]
+        and mailbox[w.SOURCE] == mailbox[w.TARGET]
+    )
 
 
 @jit.njit
@@ -67,13 +85,15 @@ def on_data(
     ):
         engine[w.MALFORMED] += 1
         return 0
+    take_credit(engine, mailbox)
+    if _before_its_own(mailbox, number, chunk):
+        move(engine, 0)
     if _wanted_now(engine, mailbox, number, chunk, nbytes):
         if mailbox[w.SCATTERED]:
             apply_pieces(engine, mailbox, offset, nbytes, data)
         else:
             apply(engine, mailbox, mailbox[w.TARGET] + offset, data, nbytes)
         mailbox[w.MIXED] = chunk + 1
-        take_credit(engine, mailbox)
         return 0
     place = place_of(mailbox, number, chunk)
     jit.copy_memory(mailbox[w.SLOTS] + place_offset(mailbox, place), data, nbytes)
@@ -81,7 +101,6 @@ def on_data(
         told = engine[w.HEADER_COPY + w.HEADER_WORDS]
         jit.view_words(mailbox[w.CHECKS] + 8 * place, 1)[0] = told
     jit.store_release(signal_words(mailbox), place, word_of(engine, mailbox, number, chunk))
-    take_credit(engine, mailbox)
     return 0
 
 

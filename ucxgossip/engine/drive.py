@@ -142,20 +142,20 @@ def drive_once(engine: Any) -> int:
 
     The caller holds the lock.
     """
-    return _move(engine, ops.progress(engine[w.WORKER]))
+    return move(engine, ops.progress(engine[w.WORKER]))
 
 
-def _move(engine: Any, moved: int) -> int:
+def move(engine: Any, moved: int) -> int:
     """The rounds' part of a pass; moved: what UCX's progress returned."""
     return move_rounds(engine[w.ADDRESS], moved)
 
 
-jit.compiled_as(_move, lambda engine, moved: jit.call(engine[w.MOVE], (engine[w.ADDRESS], moved)))
+jit.compiled_as(move, lambda engine, moved: jit.call(engine[w.MOVE], (engine[w.ADDRESS], moved)))
 
 
 @jit.njit
 def move_rounds(address: int, moved: int) -> int:
-    """As `_move`, of the engine whose words are at `address`.
+    """As `move`, of the engine whose words are at `address`.
 
     All that compiled code does for a round is in here. LLVM optimises what a function calls anew
     with every function that calls it, so those who drive call this one by its address.
@@ -252,7 +252,7 @@ def _drive(engine: Any, index: int, deadline_ns: int, launch: bool) -> bool:
     # What was just posted leaves before UCX looks for what has come, which over TCP is a system
     # call that mostly finds nothing yet.
     engine[w.QUIET] = 0
-    _move(engine, 0)
+    move(engine, 0)
     engine[w.QUIET] = 0
     ended = True
     while True:
