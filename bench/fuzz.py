@@ -327,11 +327,13 @@ class Arena:
             row[w.PLACES], row[w.PER_SLOT] = layout.places, layout.per_slot
             row[w.CHUNK] = layout.chunk
             row[w.CHUNKS], row[w.CAPACITY] = layout.chunks, layout.nbytes
+            row[w.TO], row[w.UNANSWERED] = -1, 1  # nobody was asked for the answers that come
             self.credits.append(credits)
             self.signals.append(signals)
             self.slots.append(slots)
         self.words[w.TABLE] = self.table.ctypes.data
         self.words[w.MAILBOXES] = len(_LAYOUTS)
+        self.words[w.ENDPOINTS] = self._carve(8 * _RANKS).ctypes.data  # to nobody: no answer goes
         self.words[w.EPOCH], self.words[w.RANKS] = _EPOCH, _RANKS
         self._fixed = self._unchanging()
 
@@ -344,7 +346,7 @@ class Arena:
     def _unchanging(self) -> bytes:
         """The table, and the engine's words that no message may change."""
         words = self.words.copy()
-        words[w.MALFORMED] = 0
+        words[w.MALFORMED] = words[w.ASKED] = 0
         words[w.UNSEEN : w.ENGINE_WORDS] = 0
         return self.table.tobytes() + words.tobytes()
 
@@ -375,6 +377,8 @@ def _storm(
             arrival.on_data(engine, header, sizes[i], payload, lengths[i], 0)
         elif idents[i] == w.AM_CREDIT:
             handlers.on_credit(engine, header, sizes[i], payload, lengths[i], 0)
+        elif idents[i] == w.AM_TAKEN:
+            handlers.on_taken(engine, header, sizes[i], payload, lengths[i], 0)
         else:
             handlers.on_bell(engine, header, sizes[i], payload, lengths[i], 0)
         if i % 1000 == 0:
@@ -394,7 +398,8 @@ def _headers(count: int, draw: np.random.Generator) -> NDArray[np.int64]:
     chunks = np.array([layout.chunks for layout in _LAYOUTS])[index]
     number = draw.integers(0, 1 << draw.integers(1, 47, count))
     fields = [index, number, draw.integers(0, chunks), np.full(count, _EPOCH)]
-    fields += [draw.integers(0, _RANKS, count), number // 2, index]
+    rank = draw.integers(0, _RANKS, count) | (w.ASKS * draw.integers(0, 2, count))
+    fields += [rank, number // 2, index]
     headers = np.stack(fields, axis=1).astype(np.int64)
     junk = draw.integers(-(1 << 63), (1 << 63) - 1, headers.shape, endpoint=True)
     edges = draw.choice(_EDGES, headers.shape)
@@ -406,7 +411,7 @@ def _headers(count: int, draw: np.random.Generator) -> NDArray[np.int64]:
 
 
 def messages(inputs: int, draw: random.Random, told: Callable[[str], None]) -> Count:
-    """`on_data`, `on_credit` and `on_bell`: what fits is taken, all else counted and dropped."""
+    """The handlers: what fits is taken, all else counted and dropped."""
     arena, numbers = Arena(), np.random.default_rng(draw.randrange(1 << 32))
     taken = faults = 0
     longest = max(layout.nbytes for layout in _LAYOUTS) + 4096
@@ -420,7 +425,7 @@ def messages(inputs: int, draw: random.Random, told: Callable[[str], None]) -> C
             w.HEADER_BYTES,
             numbers.integers(0, w.CHECKED_HEADER_BYTES + 1, count),
         )
-        idents = numbers.integers(0, 3, count)
+        idents = numbers.integers(0, 4, count)
         lengths = numbers.integers(0, 1 << numbers.integers(1, 14, count))
         lengths = np.minimum(lengths, longest)
         fits = _fitting(headers, sizes, idents, lengths)
@@ -457,6 +462,7 @@ def _fitting(
     chunks = np.array([layout.chunks for layout in _LAYOUTS])[index]
     size = np.array([layout.chunk for layout in _LAYOUTS])[index]
     whole = np.array([layout.nbytes for layout in _LAYOUTS])[index]
+    rank = headers[:, 4] & ~w.ASKS
     room = np.minimum(size, whole - np.clip(headers[:, 2], 0, chunks - 1) * size)
     found: NDArray[np.bool_] = (
         known
@@ -465,8 +471,8 @@ def _fitting(
         & (headers[:, 2] >= 0)
         & (headers[:, 2] < chunks)
         & (headers[:, 3] == _EPOCH)
-        & (headers[:, 4] >= 0)
-        & (headers[:, 4] < _RANKS)
+        & (rank >= 0)
+        & (rank < _RANKS)
         & (headers[:, 5] >= 0)
         & (headers[:, 5] <= MAX_POSITION)
         & ((idents != w.AM_DATA) | (lengths <= room))

@@ -321,6 +321,7 @@ CASES: tuple[Case, ...] = (
     Case("Tuning", "ug.Tuning(chunk=4096, eager=8192)", A),
     Case("Tuning", "ug.Tuning(window=0)", A),
     Case("Tuning", "ug.Tuning(spins=-1)", A),
+    Case("Tuning", "ug.Tuning(answers=1)", A),
     Case("Tuning", "ug.Tuning(yields=1.5)", A),
     # --- schedules
     Case("schedules", "ug.Dissemination(0)", S),

@@ -27,6 +27,12 @@ CHUNK = engines.TUNING.chunk
 OUT, IN, HOST = fake.OUT, fake.IN, fake.HOST
 
 
+@pytest.fixture(autouse=True)
+def few_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As few staging places as with large chunks, so that rounds must wait for them."""
+    monkeypatch.setattr(staging_module, "STAGED", 0)
+
+
 class DevicePair:
     """The two ranks of `test_engine.Pair`; those in `on` exchange memory of a fake device."""
 
@@ -380,6 +386,24 @@ def test_a_held_round_mixes_after_the_streams_work(make: Callable[..., DevicePai
     both.pair.until(both.pair.ended)
     assert np.array_equal(read[0], values[0])
     assert np.array_equal(memories[0].view(np.float32, 700), mean(values[0], values[1]))
+
+
+@pytest.mark.parametrize("bytes_staged", [0, 6 * CHUNK, 1 << 20])
+def test_more_small_chunks_are_staged(
+    make: Callable[..., DevicePair], monkeypatch: pytest.MonkeyPatch, bytes_staged: int
+) -> None:
+    monkeypatch.setattr(staging_module, "STAGED", bytes_staged)
+    values = values_of(8 * CHUNK // 4, 26)
+    both = make(values[0].nbytes)
+    places = min(8, max(PLACES, bytes_staged // CHUNK))
+    assert both.stagings[0].words[d.OUT_PLACES] == both.stagings[0].words[d.IN_PLACES] == places
+    memories = [both.memory(each) for each in values]
+    for rank in (0, 1):
+        both.post(rank, memories[rank])
+    both.pair.until(both.pair.ended)
+    for memory in memories:
+        found = memory.view(np.float32, 8 * CHUNK // 4)
+        np.testing.assert_allclose(found, (values[0] + values[1]) / 2, atol=1e-6)
 
 
 @pytest.mark.parametrize("direct", [False, True], ids=["staged", "direct"])

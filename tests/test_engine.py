@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from ucxgossip import jit
 from ucxgossip.engine import Constants, Engine, Post, credits, drive, ways
 from ucxgossip.engine import words as w
 from ucxgossip.engine.checks import checksum
+from ucxgossip.engine.handlers import on_taken
 from ucxgossip.errors import ArgumentError, ClosedError, ExchangeError
 from ucxgossip.mailbox import Layout, Mailbox, parse_description
 from ucxgossip.scattered import lay_out
@@ -30,6 +31,7 @@ CANARY = 64
 TUNING = Constants(eager=64, chunk=1024, window=3)
 MESSAGES = Constants(eager=1024, chunk=1024, window=3)
 """Each chunk is a message; with `TUNING` it is a put."""
+ANSWERED = replace(MESSAGES, answers=True)
 
 
 @dataclass
@@ -152,6 +154,8 @@ def canaries_alive(raw: np.ndarray) -> bool:
         ((4096, 2, False, False, MESSAGES), 4096),
         ((5000, 3, False, False, MESSAGES), 5000),
         ((5000, 2, True, False, MESSAGES), 5000),
+        ((5000, 2, False, False, ANSWERED), 5000),
+        ((16 * 1024 - 24, 3, True, True, ANSWERED), 16 * 1024 - 24),
         ((16 * 1024 - 24, 8, False, True, MESSAGES), 16 * 1024 - 24),
         ((16 * 1024 - 24, 3, True, True, MESSAGES), 16 * 1024 - 24),
     ],
@@ -566,7 +570,7 @@ BAD_HEADERS = [
 ]
 
 
-@pytest.mark.parametrize("ident", [w.AM_DATA, w.AM_CREDIT, w.AM_BELL])
+@pytest.mark.parametrize("ident", [w.AM_DATA, w.AM_CREDIT, w.AM_BELL, w.AM_TAKEN])
 @pytest.mark.parametrize("header", BAD_HEADERS, ids=str)
 def test_malformed_message_is_counted_and_dropped(
     transport: str, ident: int, header: list[int]
@@ -678,6 +682,39 @@ def test_a_chunk_that_comes_before_its_own_has_left_waits_in_its_place(
     pair.until(pair.ended)
     np.testing.assert_array_equal(left, np.arange(512.0) * 2)
     np.testing.assert_array_equal(mixed, np.arange(512.0) * (2 if in_place else 3))
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [(4096, 2, False, False, MESSAGES), (4096, 2, False, False, ANSWERED)],
+    indirect=True,
+)
+def test_a_round_with_answers_ends_once_its_target_has_all(pair: Pair, transport: str) -> None:
+    """Without them once the connection has taken it; over shared memory once it is stored."""
+    asks = transport == "tcp" and bool(pair.engines[0].words[w.ANSWERS])
+    left, right = np.arange(512.0), np.arange(512.0) * 3
+    pair.post(1, right, to=-1, next_writer=-1)
+    pair.until(lambda: bool(pair.boxes[0].credits[1]))
+    pair.post(0, left, sender=-1, next_writer=-1)
+    while pair.word(0, w.SENT) < pair.word(0, w.PARTS):
+        drive.drive_once(pair.engines[0].words)
+    for _ in range(100):
+        drive.drive_once(pair.engines[0].words)
+    assert pair.engines[0].active(pair.boxes[0]) == asks
+    if asks:
+        assert "has all of it" in pair.engines[0].describe_wait(pair.boxes[0], 1.0).what
+        for number, rank in ((1, 1), (0, 0)):  # of another round, of another rank
+            _say_taken(pair, number, rank)
+        assert pair.engines[0].active(pair.boxes[0])
+    pair.until(pair.ended)
+    np.testing.assert_array_equal(right, np.arange(512.0) * 2)
+
+
+def _say_taken(pair: Pair, number: int, rank: int) -> None:
+    header = np.array([0, number, 3, 0, rank, 0], np.int64)
+    address = pair.engines[0].address
+    on_taken(address, header.ctypes.data, w.HEADER_BYTES, 0, 0, 0)
+    drive.drive_once(pair.engines[0].words)
 
 
 def test_bell_ahead_of_its_signal_keeps_the_target_awake(pair: Pair) -> None:

@@ -12,35 +12,36 @@ from ucxgossip.engine import Constants
 from ucxgossip.ucp import lib
 
 CONSTANTS: dict[str, Constants] = {
-    "tcp": Constants(chunk=1 << 20, window=4, eager=1 << 16),
+    "tcp": Constants(chunk=1 << 16, window=16, eager=1 << 16, ring=128, answers=True),
     "shm": Constants(chunk=1 << 18, window=16, ring=4),
-    "auto": Constants(chunk=1 << 18, window=16, eager=1 << 16, ring=32),
+    "auto": Constants(chunk=1 << 16, window=16, eager=1 << 16, ring=128, answers=True),
     "verbs": Constants(chunk=1 << 18, window=16, ring=32),
 }
-"""eager: over TCP a message costs half of a put, its signal, its acknowledgement and a credit.
+"""eager: over TCP a message costs half of a put, its signal, its acknowledgement and a credit, so
+that all chunks are messages there. answers: or a rank would begin its next round while the last
+one's bytes still wait in its socket, and the two share the link.
 ring: over shared memory 1 MiB, as large as a core's L2 cache; over a network 8 MiB, since what is
 under way must fit in (docs/performance.md). verbs: not measured."""
 
 _ONE_HOST = {
-    "tcp": Constants(chunk=1 << 16, window=16, eager=1 << 16, ring=32),
-    "auto": replace(CONSTANTS["auto"], ring=CONSTANTS["shm"].ring),
+    "tcp": replace(CONSTANTS["tcp"], ring=32, answers=False),
+    "auto": replace(CONSTANTS["shm"], eager=CONSTANTS["auto"].eager),
 }
-"""Where all ranks are on one host. TCP costs processor time there, of which chunks that are
-messages need less; over a link they would let a rank begin its next round while the last one's
-bytes still wait in its socket, and the two share the link. "auto" is shared memory."""
+"""Where all ranks are on one host: nothing waits in a socket for long. "auto" is shared memory."""
 
 
 def usual(transport: str, one_host: bool = False) -> Constants:
     """The constants of a transport, by whether all ranks are on one host.
 
-    RDMA devices: small messages only, where one may carry them (not measured).
+    RDMA devices: large chunks, and small messages only, where one may carry them (not measured).
     """
     found = CONSTANTS[transport]
+    rdma = transport == "auto" and lib.rdma_devices()
     if one_host:
         found = _ONE_HOST.get(transport, found)
-    if transport == "auto" and lib.rdma_devices():
-        found = replace(found, eager=4096)
-    return found
+    elif rdma:
+        found = CONSTANTS["verbs"]
+    return replace(found, eager=4096) if rdma else found
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Tuning:
     (chunks, of which 64 count at most): what is sent, signalled and mixed at a time, and how many
     may be in flight. endpoints: connections to other ranks that are kept; beyond it the one that
     was not used for longest is closed. ring: chunks that a mailbox for large blocking rounds holds
-    (`Group.mailbox`); 0: whole payloads.
+    (`Group.mailbox`); 0: whole payloads. answers: whether a round of several messages ends only
+    once its target has said that it has them all, as a round of puts does.
 
     `ArgumentError` for what is no such number. ``ucxgossip doctor`` shows what is usual, and
     docs/performance.md what was measured.
@@ -66,6 +68,7 @@ class Tuning:
     window: int | None = None
     endpoints: int | None = None
     ring: int | None = None
+    answers: bool | None = None
 
     def __post_init__(self) -> None:
         largest = max(each.chunk for each in CONSTANTS.values())

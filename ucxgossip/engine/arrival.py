@@ -29,6 +29,7 @@ from ucxgossip.engine.handlers import (
     mailbox_words,
     on_bell,
     on_credit,
+    on_taken,
     place_of,
     place_offset,
     read_header,
@@ -37,6 +38,7 @@ from ucxgossip.engine.handlers import (
     word_of,
 )
 from ucxgossip.engine.rounds import apply_pieces
+from ucxgossip.engine.sending import endpoint_of, forget, send
 
 
 @jit.njit
@@ -69,6 +71,17 @@ def _wanted_now(engine: Any, mailbox: Any, number: int, chunk: int, nbytes: int)
 
 
 @jit.njit
+def _answer(engine: Any, mailbox: Any, number: int, chunk: int) -> None:
+    """Tell the sender that this rank has all of its round.
+
+    What comes of it is not looked at: a connection that fails is noticed by who waits on it.
+    """
+    rank = engine[w.HEADER_COPY + 4]
+    if endpoint_of(engine, rank) != 0:
+        forget(send(engine, mailbox, rank, w.AM_TAKEN, number, chunk, 0, 0))
+
+
+@jit.njit
 def on_data(
     address: int, header: int, header_bytes: int, data: int, nbytes: int, param: int
 ) -> int:
@@ -86,6 +99,8 @@ def on_data(
         engine[w.MALFORMED] += 1
         return 0
     take_credit(engine, mailbox)
+    if engine[w.ASKED]:
+        _answer(engine, mailbox, number, chunk)
     if _before_its_own(mailbox, number, chunk):
         move(engine, 0)
     if _wanted_now(engine, mailbox, number, chunk, nbytes):
@@ -110,5 +125,5 @@ _SIGNATURE = types.int8(_word, _word, _word, _word, _word, _word)
 
 def callbacks() -> dict[int, Any]:
     """C functions of the handlers by message id."""
-    table = {w.AM_DATA: on_data, w.AM_CREDIT: on_credit, w.AM_BELL: on_bell}
+    table = {w.AM_DATA: on_data, w.AM_CREDIT: on_credit, w.AM_BELL: on_bell, w.AM_TAKEN: on_taken}
     return {ident: jit.c_callback(handler, _SIGNATURE) for ident, handler in table.items()}

@@ -54,6 +54,7 @@ class Constants:
     window: int = 16
     endpoints: int = 128
     ring: int = 8
+    answers: bool = False
 
     def __post_init__(self) -> None:
         for name, least in {
@@ -68,6 +69,8 @@ class Constants:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ArgumentError(f"Tuning: {name} is {value!r}; a whole number from {least}")
+        if not isinstance(self.answers, bool):
+            raise ArgumentError(f"Tuning: answers is {self.answers!r}; must be True or False")
         if self.chunk % 8 or self.eager > self.chunk:
             raise ArgumentError(
                 f"Tuning: chunk is {self.chunk}; must be a multiple of 8 and at least eager "
@@ -158,6 +161,7 @@ class Engine:
         words[w.EAGER] = self.tuning.eager
         words[w.RING] = ring
         words[w.SPINS] = self.tuning.spins
+        words[w.ANSWERS] = self.tuning.answers
         words[w.YIELDS] = words[w.PATIENCE] = self.tuning.yields
         words[w.PLAIN] = ctypes.addressof(self._plain)
         words[w.EAGER_PARAM] = ctypes.addressof(self._eager)
@@ -236,7 +240,7 @@ class Engine:
             raise ArgumentError(f"more than {index} mailboxes in one group")
         layout = mailbox.layout
         requests = np.zeros(w.PIECES * self.tuning.window, np.int64)
-        headers = np.zeros(3 * w.HEADER_RING * w.CHECKED_HEADER_BYTES // 8, np.int64)
+        headers = np.zeros(4 * w.HEADER_RING * w.CHECKED_HEADER_BYTES // 8, np.int64)
         if self._undo.nbytes < layout.chunk:
             self._undo = np.zeros(layout.chunk // 8, np.int64)
         self._kept += [requests, headers, self._undo]
@@ -526,6 +530,8 @@ class Engine:
                 what = f"to free its place for chunk {put + 1} of {parts}"
         elif to >= 0 and row[w.SENT] < parts:
             rank, what = to, f"to take chunk {int(row[w.SENT]) + 1} of {parts}"
+        elif row[w.UNANSWERED] and (sender < 0 or row[w.MIXED] == parts):
+            rank, what = to, "to say that it has all of it"
         else:
             rank, what = sender, f"to put chunk {int(row[w.MIXED]) + 1} of {parts}"
         return ExchangeTimeoutError(

@@ -36,6 +36,8 @@ def read_header(address: int, header: int, header_bytes: int) -> Any:
     copy = address + 8 * w.HEADER_COPY
     jit.copy_memory(copy, header, header_bytes)
     fields = jit.view_words(copy, w.HEADER_WORDS)
+    engine[w.ASKED] = (fields[4] & w.ASKS) // w.ASKS
+    fields[4] &= ~w.ASKS
     fits = (
         0 <= fields[0] < engine[w.MAILBOXES]
         and fields[1] >= 0
@@ -120,6 +122,20 @@ def on_credit(
     engine, fits = read_header(address, header, header_bytes)
     if fits:
         take_credit(engine, mailbox_words(engine, engine[w.HEADER_COPY]))
+    return 0
+
+
+@jit.njit
+def on_taken(
+    address: int, header: int, header_bytes: int, data: int, nbytes: int, param: int
+) -> int:
+    """The target of a round has all of its messages."""
+    engine, fits = read_header(address, header, header_bytes)
+    if fits:
+        mailbox = mailbox_words(engine, engine[w.HEADER_COPY])
+        number, rank = engine[w.HEADER_COPY + 1], engine[w.HEADER_COPY + 4]
+        if mailbox[w.ROUND] == number and mailbox[w.TO] == rank:
+            mailbox[w.UNANSWERED] = 0
     return 0
 
 

@@ -136,7 +136,7 @@ def _mix_next(engine: Any, mailbox: Any) -> int:
 @jit.njit
 def finish(engine: Any, mailbox: Any) -> int:
     """End the round when nothing is left to do; 1 if it did."""
-    if mailbox[w.TO] >= 0 and mailbox[w.SENT] < mailbox[w.PARTS]:
+    if mailbox[w.TO] >= 0 and (mailbox[w.SENT] < mailbox[w.PARTS] or mailbox[w.UNANSWERED]):
         return 0
     if mailbox[w.FROM] >= 0 and mailbox[w.MIXED] < mailbox[w.PARTS]:
         return 0
@@ -218,6 +218,7 @@ def post(
     mailbox[w.OWN_SPOILED] = 0
     mailbox[w.PUT] = 0
     mailbox[w.SENT] = 0
+    mailbox[w.UNANSWERED] = 0
     mailbox[w.MIXED] = 0
     mailbox[w.FAILURE] = 0
     mailbox[w.POSTED_NS] = jit.now_ns()

@@ -82,6 +82,9 @@ def send(
     fields = jit.view_words(header, w.HEADER_WORDS + 1)
     fields[0], fields[1], fields[2] = mailbox[w.INDEX], number, chunk
     fields[3], fields[4], fields[5] = engine[w.EPOCH], engine[w.RANK], credit
+    if ident == w.AM_DATA and engine[w.ANSWERS] and chunk > 0 and chunk + 1 == mailbox[w.PARTS]:
+        fields[4] |= w.ASKS
+        mailbox[w.UNANSWERED] = 1
     data = _together(mailbox, chunk, chunk * mailbox[w.CHUNK], nbytes) if nbytes else 0
     if ident == w.AM_DATA and mailbox[w.CHECKS] != 0:
         fields[w.HEADER_WORDS] = checksum(engine, mailbox, number, chunk, data, nbytes)

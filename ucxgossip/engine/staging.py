@@ -28,7 +28,10 @@ from ucxgossip.ucp.context import Context
 from ucxgossip.ucp.memory import MemoryRegion
 
 PLACES = 4
-"""Chunks that stand in staging memory at a time, each way. Not tuned."""
+"""Chunks that stand in staging memory at a time, each way, at least. Not tuned."""
+
+STAGED = 1 << 20
+"""Bytes of them that do, where chunks are small (over TCP). Not tuned."""
 
 _kept_for_good: list[object] = []
 
@@ -45,7 +48,7 @@ class Staging:
     def __init__(self, context: Context, mailbox: Mailbox, device: Device) -> None:
         layout = mailbox.layout
         self.device, self.mailbox = device, mailbox
-        places = min(PLACES, layout.chunks)
+        places = min(max(PLACES, STAGED // layout.chunk), layout.chunks)
         # First, since it may fail: events and pinned pages are not given back by themselves.
         self._inside = device.allocate(places * layout.chunk)
         self._found = device.allocate(16 * layout.chunks)

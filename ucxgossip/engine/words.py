@@ -51,6 +51,8 @@ MOVE = 50  # address of `drive.move_rounds` as a C function
 APPLY = 51  # of `apply.apply_at`
 ADVANCE_DEVICE = 52  # of `device_rounds.advance_at`; 0: no device so far
 SHUT = 53  # not 0 once nobody may drive any more
+ANSWERS = 54  # 1: a round of several messages ends only once its target has said that it has them
+ASKED = 55  # 1 where the message being handled asks for that answer
 UNSEEN = 56  # bells whose signal was not visible yet; (mailbox, round, chunk) triples follow
 UNSEEN_MAX = 64
 HEADER_COPY = UNSEEN + 1 + 3 * UNSEEN_MAX  # an aligned copy of the header being handled
@@ -118,7 +120,8 @@ STAGING = 53  # local address of chunks in which pieces are brought together, 0:
 STAGING_PARAM = 54  # ucp_request_param_t of puts from there
 WAYS = 55  # local address of what `ways` keeps, by rank
 DEVICE = 56  # address of the words of `device_rounds`, 0: source and target are host memory
-MAILBOX_WORDS = 57
+UNANSWERED = 57  # 1: the target was asked to say that it has all of the round under way
+MAILBOX_WORDS = 58
 
 ON_DEVICE = 1 << 47  # of a signal word: the chunk stands in the slots on the device
 
@@ -148,6 +151,8 @@ DELTA_FLOAT64 = 4
 AM_DATA = 0
 AM_CREDIT = 1
 AM_BELL = 2
+AM_TAKEN = 3
+ASKS = 1 << 32  # of the sender's rank in a header: answer by AM_TAKEN
 SHORT = 8192  # payloads that UCX had better copy, at once, than register and track, bytes
 HEADER_WORDS = 6  # mailbox, round, chunk, epoch, the sender's rank, the credit it gives (0: none)
 HEADER_BYTES = 8 * HEADER_WORDS
