@@ -80,7 +80,10 @@ except ProcessLookupError:
 
 @dataclass(frozen=True)
 class Case:
-    """One setting, and how many rounds each rank does in it. chunk: bytes. ring: depth chunks."""
+    """One setting, and how many rounds each rank does in it.
+
+    chunk: bytes. ring: depth chunks. messages: over TCP chunks are messages, and not put.
+    """
 
     transport: str
     way: str
@@ -92,6 +95,7 @@ class Case:
     seed: int
     patience_s: float = _PATIENCE_S
     ring: bool = False
+    messages: bool = False
 
     @property
     def capacity(self) -> int:
@@ -100,7 +104,9 @@ class Case:
 
     @property
     def tuning(self) -> Constants:
-        """Rounds of up to 64 B go as one message, so that all ways are in use."""
+        """Small rounds go as one message and chunks are put, or chunks are messages, answered."""
+        if self.messages:
+            return Constants(self.chunk, chunk=self.chunk, window=self.window, answers=True)
         return Constants(eager=64, chunk=self.chunk, window=self.window)
 
     def plan(self) -> NDArray[np.int64]:
@@ -128,6 +134,7 @@ def cases(transport: str, way: str, chunks: int, seed: int) -> Iterator[Case]:
         window = 1 + (index + seed) % 4
         case = Case(transport, way, ranks, depth, chunk, window, 1, seed + 1000 * index, ring=ring)
         share = -(-chunks // (len(settings) * ranks))
+        case = replace(case, messages=index % 2 == 1)
         yield replace(case, rounds=int(loops.rounds_for(case.plan(), share)))
 
 
@@ -161,6 +168,7 @@ def _report(
         **{name: getattr(case, name) for name in ("transport", "way", "ranks", "depth", "chunk")},
         "ring": case.ring,
         "window": case.window,
+        "messages": case.messages,
         "seed": case.seed,
         "rounds": int(tally[loops.ENDED]),
         "chunks": int(tally[loops.CHUNKS]),

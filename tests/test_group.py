@@ -460,8 +460,9 @@ def test_tuning_of_a_group_on_one_host(transport: str, store: Any) -> None:
 
 
 def test_tuning_that_does_not_fit_the_transport(store: Any) -> None:
-    with pytest.raises(errors.ArgumentError, match="Tuning: chunk is 262144"):
-        ug.join(0, 1, store, "shm", tuning=ug.Tuning(eager=1 << 19))
+    tuning = ug.Tuning(eager=1 << 17)  # fits chunks over shared memory
+    with pytest.raises(errors.ArgumentError, match="Tuning: chunk is 65536"):
+        ug.join(0, 1, store, "tcp", tuning=tuning)
 
 
 def test_mailbox_of_another_group(store: Any) -> None:

@@ -298,7 +298,7 @@ class Job:
             }
             self.processes.append(
                 subprocess.Popen(
-                    [sys.executable, "-u", SCRIPT, name, transport, str(folder)],
+                    [sys.executable, "-uX", "faulthandler", SCRIPT, name, transport, str(folder)],
                     env=os.environ | variables,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
@@ -313,9 +313,17 @@ class Job:
         return out.readline().decode().strip()
 
     def end(self, rank: int) -> tuple[int, str, str]:
-        """Status, the rest of standard output, and standard error of a rank."""
+        """Status, the rest of standard output, and standard error of a rank.
+
+        One that hangs is aborted, so that it says where all of its threads are.
+        """
         process = self.processes[rank]
-        out, err = process.communicate(timeout=DEADLINE_S)
+        try:
+            out, err = process.communicate(timeout=DEADLINE_S)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)
+            out, err = process.communicate(timeout=DEADLINE_S)
+            raise AssertionError(f"rank {rank} hung: {out.decode()}{err.decode()}") from None
         return process.returncode, out.decode(), err.decode()
 
 

@@ -14,18 +14,20 @@ from ucxgossip.ucp import lib
 CONSTANTS: dict[str, Constants] = {
     "tcp": Constants(chunk=1 << 16, window=16, eager=1 << 16, ring=128, answers=True),
     "shm": Constants(chunk=1 << 18, window=16, ring=4),
-    "auto": Constants(chunk=1 << 16, window=16, eager=1 << 16, ring=128, answers=True),
+    "auto": Constants(chunk=1 << 18, window=16, eager=1 << 16, ring=32),
     "verbs": Constants(chunk=1 << 18, window=16, ring=32),
 }
 """eager: over TCP a message costs half of a put, its signal, its acknowledgement and a credit, so
 that all chunks are messages there. answers: or a rank would begin its next round while the last
-one's bytes still wait in its socket, and the two share the link.
+one's bytes still wait in its socket, and the two share the link. chunk: all ranks of a job must
+have the same, also one that comes back by another launcher, so it does not hang on the hosts; the
+larger one of shared memory is for devices, which make some calls of their driver a chunk.
 ring: over shared memory 1 MiB, as large as a core's L2 cache; over a network 8 MiB, since what is
 under way must fit in (docs/performance.md). verbs: not measured."""
 
 _ONE_HOST = {
     "tcp": replace(CONSTANTS["tcp"], ring=32, answers=False),
-    "auto": replace(CONSTANTS["shm"], eager=CONSTANTS["auto"].eager),
+    "auto": replace(CONSTANTS["auto"], ring=CONSTANTS["shm"].ring),
 }
 """Where all ranks are on one host: nothing waits in a socket for long. "auto" is shared memory."""
 
@@ -33,15 +35,14 @@ _ONE_HOST = {
 def usual(transport: str, one_host: bool = False) -> Constants:
     """The constants of a transport, by whether all ranks are on one host.
 
-    RDMA devices: large chunks, and small messages only, where one may carry them (not measured).
+    RDMA devices: small messages only, where one may carry them (not measured).
     """
     found = CONSTANTS[transport]
-    rdma = transport == "auto" and lib.rdma_devices()
     if one_host:
         found = _ONE_HOST.get(transport, found)
-    elif rdma:
-        found = CONSTANTS["verbs"]
-    return replace(found, eager=4096) if rdma else found
+    if transport == "auto" and lib.rdma_devices():
+        found = replace(found, eager=4096)
+    return found
 
 
 @dataclass(frozen=True)

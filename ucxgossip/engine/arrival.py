@@ -1,15 +1,16 @@
 """A chunk that arrives as an active message: mixed at once if it may be, else laid into its place.
 
 UCX calls `on_data` with the payload still in the buffer to which the kernel has just copied it.
-Mixed from there it is read out of the cache, and no place is written or read at all. So over TCP on
-one host chunks go as messages, of one segment each, and not as puts: UCX completes a put over TCP
-when the target's acknowledgement comes back, and in place a chunk is mixed after that, when it has
-left the cache (docs/performance.md, "Messages in place of puts"). The payload may stand at any
-address; numba's loads of it are unaligned ones.
+Mixed from there it is read out of the cache, and no place is written or read at all. So over TCP
+chunks go as messages, of one segment each, and not as puts: UCX completes a put over TCP when the
+target's acknowledgement comes back, and in place a chunk is mixed after that, when it has left the
+cache (docs/performance.md, "Messages in place of puts"). The payload may stand at any address;
+numba's loads of it are unaligned ones.
 
-One call of UCX's progress brings up to sixteen messages, and a pass puts one chunk. So a chunk
-whose own has not left yet lets the rounds move first: where the connection takes it, its own
-leaves then and there.
+One call of UCX's progress brings up to sixteen messages, and a pass sends one chunk. So a chunk
+whose own has not left yet lets the rounds move first: where it is its round's turn and the
+connection takes it, its own leaves then and there. Only where no chunk is put: a fence may be a
+flush that makes progress (UCX before 1.19), and UCX forbids that within a handler.
 
 Rejected: mixing only in `advance` (each chunk is copied into its place first); mixing what comes
 before its turn, or before its own chunk has left (a round mixes in order, and in place).
@@ -42,10 +43,14 @@ from ucxgossip.engine.sending import endpoint_of, forget, send
 
 
 @jit.njit
-def _before_its_own(mailbox: Any, number: int, chunk: int) -> bool:
-    """Whether the chunk is of the round under way, in place, and its own has not left."""
+def _before_its_own(engine: Any, mailbox: Any, number: int, chunk: int) -> bool:
+    """Whether the chunk is of the round under way, in place, and its own has not left.
+
+    And whether rounds may move within a handler: chunks and messages are of one size for all.
+    """
     return (
-        jit.load_acquire(mailbox, w.STATE) == w.ACTIVE
+        mailbox[w.CHUNK] <= engine[w.EAGER]
+        and jit.load_acquire(mailbox, w.STATE) == w.ACTIVE
         and mailbox[w.ROUND] == number
         and mailbox[w.DEVICE] == 0
         and mailbox[w.TO] >= 0
@@ -101,8 +106,8 @@ def on_data(
     take_credit(engine, mailbox)
     if engine[w.ASKED]:
         _answer(engine, mailbox, number, chunk)
-    if _before_its_own(mailbox, number, chunk):
-        move(engine, 0)
+    if _before_its_own(engine, mailbox, number, chunk):
+        move(engine, 1)  # something came, so that nobody has waited in vain
     if _wanted_now(engine, mailbox, number, chunk, nbytes):
         if mailbox[w.SCATTERED]:
             apply_pieces(engine, mailbox, offset, nbytes, data)

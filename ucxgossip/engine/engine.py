@@ -520,7 +520,10 @@ class Engine:
         parts = int(row[w.PARTS])
         put = int(row[w.PUT])
         staging = self.stagings.get(mailbox.index)
-        if staging is not None and staging.waits_for_source:
+        sent = to < 0 or int(row[w.SENT]) == parts
+        if sent and row[w.UNANSWERED] and (sender < 0 or row[w.MIXED] == parts):
+            rank, what = to, "to say that it has all of it"
+        elif staging is not None and staging.waits_for_source:
             rank, what = self.rank, f"to compute on {staging.device.name} what it sends"
         elif staging is not None and staging.launched(int(row[w.TURN])):
             rank, what = self.rank, f"to mix on {staging.device.name} what has come"
@@ -530,8 +533,6 @@ class Engine:
                 what = f"to free its place for chunk {put + 1} of {parts}"
         elif to >= 0 and row[w.SENT] < parts:
             rank, what = to, f"to take chunk {int(row[w.SENT]) + 1} of {parts}"
-        elif row[w.UNANSWERED] and (sender < 0 or row[w.MIXED] == parts):
-            rank, what = to, "to say that it has all of it"
         else:
             rank, what = sender, f"to put chunk {int(row[w.MIXED]) + 1} of {parts}"
         return ExchangeTimeoutError(

@@ -1,4 +1,4 @@
-"""What arrives as active messages: credits and bells here, chunks in `arrival`.
+"""What arrives as active messages: credits, answers and bells here, chunks in `arrival`.
 
 UCX calls these from ``ucp_worker_progress``, so they run compiled, without the GIL, in whatever
 thread drives. Each gets the address of the engine's words. Nothing in a message is trusted: a

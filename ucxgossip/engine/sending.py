@@ -76,6 +76,8 @@ def send(
     """Send an active message about (round, chunk); `nbytes` of that chunk go with it."""
     # UCX 1.13 does not know COPY_HEADER: the ring keeps a header while its message may wait.
     turn = credit if ident == w.AM_CREDIT else number * mailbox[w.CHUNKS] + chunk
+    if ident == w.AM_TAKEN:
+        turn = number  # always of a last chunk
     kept = w.HEADER_RING * ident + turn % w.HEADER_RING
     header = mailbox[w.HEADERS] + w.CHECKED_HEADER_BYTES * kept
     header_bytes = w.HEADER_BYTES
