@@ -717,6 +717,22 @@ def _say_taken(pair: Pair, number: int, rank: int) -> None:
     drive.drive_once(pair.engines[0].words)
 
 
+def test_an_engine_may_be_stopped_while_it_starts(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the warden's thread, which hears of another rank's end."""
+    engine, start = pair.engines[0], threading.Thread.start
+
+    def stopped_first(thread: threading.Thread) -> None:
+        engine.stop()
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", stopped_first)
+    engine.start()
+    engine.stop()
+    assert engine._thread is not None and not engine._thread.is_alive()
+
+
 def test_bell_ahead_of_its_signal_keeps_the_target_awake(pair: Pair) -> None:
     engine, target = pair.engines
     header = np.array([0, 5, 0, 0, 0, 0], np.int64)

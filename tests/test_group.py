@@ -591,7 +591,8 @@ def test_a_credit_that_cannot_be_sent_to_a_living_rank_is_an_error(
         group.agree("reached", {})
         if group.rank == 0:
             monkeypatch.setattr("ucxgossip.posting.credits.grant", lambda *_: -25)
-            with group.steady():
+            with group.lock:
+                group.await_steady()
                 group.grant(box, 1, 0)
             group.look_around()
         group.agree("the other one is told", {})

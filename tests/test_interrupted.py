@@ -3,8 +3,11 @@
 By Ctrl-C, by an exception of the user's own code that he catches, or by another rank's end.
 """
 
+import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +21,7 @@ from ucxgossip import errors
 from ucxgossip.membership import log
 from ucxgossip.mixing import Collective, InPlace, Meter, Outer, Stale
 from ucxgossip.mixing.stream import array_of, registered
-from ucxgossip.schedule import Dissemination
+from ucxgossip.schedule import ALONE, Dissemination
 from ucxgossip.torch_hook.packing import NOTHING
 from ucxgossip.torch_hook.shuffle import Ring, Shuffled
 
@@ -54,6 +57,66 @@ def interrupt(group: ug.Group, call: Callable[[], object]) -> None:
 def await_failure(group: ug.Group) -> None:
     with group._steady_again:
         assert group._steady_again.wait_for(lambda: group.failed, DEADLINE_S)
+
+
+# --- locks ---------------------------------------------------------------------------------------
+
+
+def interrupted_at(place: int, call: Callable[[], object], then: Callable[[], object]) -> bool:
+    """Whether `call` got to its `place`-th instruction in our code, at which Ctrl-C ended it.
+
+    `then` is called while the exception is handled, as a ``with`` block's end is.
+    """
+    ours, passed = str(Path(ug.__file__).parent), 0
+
+    def trace(frame: Any, event: str, _: object) -> Any:
+        nonlocal passed
+        if not frame.f_code.co_filename.startswith((ours, contextlib.__file__)):
+            return None
+        frame.f_trace_opcodes = True
+        passed += event == "opcode"
+        if passed == place:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        then()
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_a_post_that_is_interrupted_anywhere_keeps_no_lock(store: Any) -> None:
+    """Or the warden's thread would wait for it, and `close` for that one, for ever."""
+    with ug.join(0, 1, store, "shm") as group:
+        box, buffer = group.mailbox(VALUES[0].nbytes), registered(group, 500, VALUES.dtype)
+        free: list[bool] = []
+
+        def look() -> None:
+            free.append(group.lock.acquire(timeout=DEADLINE_S))
+            group.lock.release()
+
+        def from_another_thread() -> None:
+            other = threading.Thread(target=look)
+            other.start()
+            other.join()
+
+        def post() -> None:
+            if not group.engine.active(box):
+                group.post(box, buffer, buffer, ALONE)
+            group.wait(box)
+
+        place = 1
+        while interrupted_at(place, post, from_another_thread):
+            assert free.pop()
+            place += 1
+        assert place > 100
 
 
 # --- streams -------------------------------------------------------------------------------------

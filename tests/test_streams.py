@@ -387,7 +387,7 @@ def test_push_sum_drops_a_message_with_its_mass(job: Job, transport: str) -> Non
         assert np.isfinite(weighted).all() == (rank != 2)
         assert set(counts) <= {2}
         assert np.isfinite(distance)
-        np.testing.assert_allclose(found, expected, rtol=1e-12)
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
     assert ends[2][2] and any(ends[rank][2] for rank in healthy)
 
 

@@ -58,7 +58,8 @@ class Channel:
 
     def follow(self, to: int | None, sender: int | None) -> None:
         """Begin anew after a change of members: what was not read is lost (`Group.left_behind`)."""
-        with self.group.steady():
+        with self.group.lock:
+            self.group.await_steady()
             self.to, self.sender = to, sender
             self.mailbox.round = self.taken = self._verified = self.mailbox.base
             self.mailbox.drop_retired()

@@ -135,7 +135,8 @@ class Guests(Membership):
             return self._spare.pop(min(fitting)) if fitting else None
 
     def _open(self, layout: Layout) -> Mailbox:
-        with self.steady():
+        with self._lock:
+            self.await_steady()
             mailbox = Mailbox(self.context, layout)
             try:
                 self.engine.open(mailbox)

@@ -202,7 +202,8 @@ class Meetings(Guests):
         record: Callable[[bytes], None] = lambda _: None,
     ) -> bytes:
         while True:
-            with self.steady():
+            with self._lock:
+                self.await_steady()
                 epoch = self.epoch
             if self._warden is None:
                 found: bytes | None = merge([blob], [self.rank])
@@ -233,7 +234,8 @@ class Meetings(Guests):
         """
         self.enter()
         while True:
-            with self.steady():
+            with self._lock:
+                self.await_steady()
                 epoch = self.epoch
             if operation(epoch) and self._confirm(epoch):
                 return epoch
@@ -335,7 +337,8 @@ class Meetings(Guests):
 
         Collective in effect: between this and the last round all ranks have met (`agree`).
         """
-        with self.steady():
+        with self._lock:
+            self.await_steady()
             # Beyond the rounds whose credits are given out. Whoever loses a member here begins as
             # late as those who were through: their round is the base of the new members then.
             mailbox.round += mailbox.layout.reach

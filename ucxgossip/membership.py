@@ -13,8 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
@@ -151,29 +150,35 @@ class Membership:
 
     # --- epochs -----------------------------------------------------------------------------------
 
-    @contextmanager
-    def steady(self) -> Iterator[None]:
-        """Hold the lock while no change of members is under way; waits for the end of one."""
-        with self._lock:
-            self._check_usable()
-            start = time.monotonic()
-            while self._frozen is not None:
-                waited = time.monotonic() - start
-                if waited > self.timeout:
-                    leader = self.members[0]
-                    what = "to end a change of the members"
-                    self._fail(
-                        ExchangeTimeoutError(
-                            f"rank {self.rank} waited {waited:.1f} s for rank {leader} (or whoever "
-                            f"leads in its place) {what}. Is it alive?",
-                            leader,
-                            what,
-                            waited,
-                        )
+    @property
+    def lock(self) -> threading.RLock:
+        """What keeps the members from changing: ``with group.lock: group.await_steady(); ...``.
+
+        A context manager of ours that took it would keep it, for ever, where Ctrl-C comes between
+        its taking it and the block: only a lock's own ``with`` is one step.
+        """
+        return self._lock
+
+    def await_steady(self) -> None:
+        """Wait until no change of members is under way, for a caller who holds the lock."""
+        self._check_usable()
+        start = time.monotonic()
+        while self._frozen is not None:
+            waited = time.monotonic() - start
+            if waited > self.timeout:
+                leader = self.members[0]
+                what = "to end a change of the members"
+                self._fail(
+                    ExchangeTimeoutError(
+                        f"rank {self.rank} waited {waited:.1f} s for rank {leader} (or whoever "
+                        f"leads in its place) {what}. Is it alive?",
+                        leader,
+                        what,
+                        waited,
                     )
-                self._steady_again.wait(min(_SLICE, self.timeout))
-                self._check_usable()
-            yield
+                )
+            self._steady_again.wait(min(_SLICE, self.timeout))
+            self._check_usable()
 
     def _freeze(self, epoch: int) -> Facts:
         """Break off what is under way, for `epoch`. In the warden's thread."""

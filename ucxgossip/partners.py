@@ -36,7 +36,8 @@ class Partners(Meetings):
         """Make sure that `mailbox` can be put to on `rank`; False if it is no member (any more)."""
         self.enter()
         while True:
-            with self.steady():
+            with self._lock:
+                self.await_steady()
                 if rank in mailbox.keys:
                     return True
                 if rank not in self.members or self._warden is None:
@@ -48,7 +49,8 @@ class Partners(Meetings):
                 continue
             address, packed = parse_description(blob, mailbox.layout, rank)
             try:
-                with self.steady():
+                with self._lock:
+                    self.await_steady()
                     if self.epoch == epoch and rank not in mailbox.keys:
                         self.engine.connect(rank, worker)
                         with self.engine.locked():

@@ -86,7 +86,8 @@ class Posting(Partners):
         if self.guest:
             self.enter()
         while True:
-            with self.steady():
+            with self._lock:
+                self.await_steady()
                 if only is not None and self.epoch != only:
                     return None
                 mailbox.drop_retired()
@@ -173,7 +174,8 @@ class Posting(Partners):
         before, mailbox.itinerary, mailbox.asked = mailbox.asked, None, asked
         if before != asked or mailbox.round < mailbox.look_again or self._capped:
             return
-        with self.steady():
+        with self._lock:
+            self.await_steady()
             first, ahead = mailbox.round, mailbox.layout.ahead
             steps = offset + stride * np.arange(first, first + _FORESEEN + ahead)
             found = many(self.living(schedule), np.full(len(steps), self.rank), steps)
@@ -288,7 +290,8 @@ class Posting(Partners):
         see `together`. epoch: nothing is posted in another one.
         """
         self.enter()
-        with self.steady():
+        with self._lock:
+            self.await_steady()
             if epoch is None:
                 epoch = self.epoch
             if epoch != self.epoch:
@@ -303,7 +306,8 @@ class Posting(Partners):
             this = living.round(self.rank, step)
             copy = not mix or this.weight == 1.0
             if this.to is None and this.sender is None:
-                with self.steady():
+                with self._lock:
+                    self.await_steady()
                     if self.epoch != epoch:
                         return False
                     mailbox.round += 1

@@ -170,8 +170,9 @@ class Engine:
     def start(self) -> None:
         """Start the engine thread."""
         # A bound method, so that the memory it works on lives as long as the thread does.
-        self._thread = threading.Thread(target=self._run, name="ucxgossip-engine", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name="ucxgossip-engine", daemon=True)
+        thread.start()
+        self._thread = thread  # only now: the warden's thread may `stop`, and joins what is here
         # libucp is unloaded under a thread that still runs when nobody closed the group.
         atexit.register(self.stop)
 

@@ -110,7 +110,8 @@ class PushSum:
     def _follow(self) -> None:
         """After a change of members: new partners, and what nobody has read is one's own again."""
         while self._epoch != self.group.epoch:
-            with self.group.steady():
+            with self.group.lock:
+                self.group.await_steady()
                 epoch, parts = self.group.epoch, self._parts()
                 for edge, sent in zip(self.edges, self._sent, strict=True):
                     if edge.to in self.group.members:
@@ -145,7 +146,8 @@ class PushSum:
         if any(each.busy for each in self.edges) or not edge.free or self.mass < LEAST_MASS:
             self.meter.skipped += 1
             return
-        with self.group.steady():
+        with self.group.lock:
+            self.group.await_steady()
             if self._epoch != self.group.epoch:
                 return
             self.mass /= 2
@@ -162,7 +164,8 @@ class PushSum:
             self._collect()
 
     def _collect(self) -> None:
-        with self.group.steady():  # what is read here, its sender must not take back
+        with self.group.lock:  # what is read here, its sender must not take back
+            self.group.await_steady()
             if self._epoch == self.group.epoch:
                 for edge in self.edges:
                     while edge.arrived and self._take(edge):
@@ -235,7 +238,8 @@ class PushSum:
             while edge.sender is not None and edge.taken < sent[edge.sender, index]:
                 if not edge.wait_arrived(self.group.timeout):
                     return False
-                with self.group.steady():
+                with self.group.lock:
+                    self.group.await_steady()
                     if self.group.epoch != epoch:
                         return False
                     self._take(edge, last=True)
