@@ -451,8 +451,8 @@ def test_tuning_leaves_the_rest_as_usual(transport: str) -> None:
 
 @pytest.mark.parametrize("transport", ["auto", "tcp", "shm"])
 def test_tuning_of_a_group_on_one_host(transport: str, store: Any) -> None:
-    """There "auto" is shared memory, whose rings are to stay in the cache, and TCP goes by
-    messages."""
+    """There "auto" is shared memory, whose rings are to stay in the cache, and over TCP no answers
+    are asked for."""
     here, afar = usual(transport, one_host=True), usual(transport)
     assert (here == afar) == (transport == "shm")
     with ug.join(0, 1, store, transport, tuning=ug.Tuning(yields=7)) as group:
