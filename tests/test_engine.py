@@ -892,14 +892,31 @@ def test_whoever_ends_a_drive_ends_a_long_park(pair: Pair, parked: int) -> None:
     words[w.PARKED] = 0
 
 
+def test_ctrl_c_as_the_worker_is_taken_gives_it_back(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = drive.hold
+
+    def hold(*arguments: object) -> None:
+        assert own(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(drive, "hold", hold)
+        with pytest.raises(KeyboardInterrupt):
+            pair.engines[0].exclusively(list)
+    assert pair.engines[0].words[w.DRIVERS] == 0
+    assert pair.engines[0].exclusively(list) == []
+
+
 def test_close_is_idempotent_and_final(transport: str) -> None:
     context = Context(transport, {"NET_DEVICES": "lo"})
     engine = Engine(context, 0, 1, TUNING)
     engine.start()
     engine.close()
     engine.close()
-    with pytest.raises(ClosedError), engine.locked():
-        pass
+    with pytest.raises(ClosedError):
+        engine.exclusively(list)
     context.close()
     context.close()
 

@@ -69,8 +69,8 @@ class Blocking(Posting):
         page = mmap.PAGESIZE
         raw = np.zeros(nbytes + page, np.uint8)
         start = (_PAST_PAGE - raw.ctypes.data) % page
-        with self.engine.locked():
-            return MemoryRegion(self.context, array=raw[start : start + nbytes])
+        used = raw[start : start + nbytes]
+        return self.engine.exclusively(lambda: MemoryRegion(self.context, array=used))
 
     def give_back(self, mailbox: Mailbox) -> None:
         """As `Meetings.give_back`; the next exchange through it may be of another dtype."""
@@ -83,8 +83,8 @@ class Blocking(Posting):
         Where engine or group are closed, it goes with the context.
         """
         if buffer.region is not None:
-            with suppress(ClosedError), self.engine.locked():
-                buffer.region.close()
+            with suppress(ClosedError):
+                self.engine.exclusively(buffer.region.close)
 
     # --- rounds --------------------------------------------------------------------------------
 

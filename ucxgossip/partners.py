@@ -13,7 +13,6 @@ from ucxgossip.meetings import Meetings
 from ucxgossip.members import View
 from ucxgossip.membership import Setup
 from ucxgossip.schedule import Round
-from ucxgossip.ucp.memory import RemoteKey
 
 
 class Partners(Meetings):
@@ -53,9 +52,7 @@ class Partners(Meetings):
                     self.await_steady()
                     if self.epoch == epoch and rank not in mailbox.keys:
                         self.engine.connect(rank, worker)
-                        with self.engine.locked():
-                            key = RemoteKey(self.engine.endpoints[rank], packed)
-                            mailbox.set_peer(rank, key, address)
+                        self.engine.introduce(mailbox, rank, packed, address)
             except UCXError as error:
                 self._doubt((rank,), epoch, error)
 

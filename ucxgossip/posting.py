@@ -400,11 +400,11 @@ class Posting(Partners):
 
         Where that fails, `rank` may be dead: the next `look_around` finds out.
         """
-        with self.engine.locked():
-            credit = number * mailbox.layout.chunks
-            status = credits.grant(
-                self.engine.words, self.engine.table[mailbox.index], rank, credit
-            )
+        words, table = self.engine.words, self.engine.table
+        credit = number * mailbox.layout.chunks
+        status = self.engine.exclusively(
+            lambda: credits.grant(words, table[mailbox.index], rank, credit)
+        )
         if status < 0:
             error = UCXError(ops.SEND, int(status), status_name(int(status)), "a credit")
             self._doubtful.append((rank, self.epoch, error))

@@ -59,6 +59,18 @@ def acquire(engine: Any, deadline_ns: int) -> bool:
 
 
 @jit.njit
+def hold(engine: Any, deadline_ns: int, held: Any) -> bool:
+    """`acquire`, for callers in Python: ``held[0]`` becomes 1 with it.
+
+    They know of it by that alone where Ctrl-C comes before the result is theirs.
+    """
+    if not acquire(engine, deadline_ns):
+        return False
+    held[0] = 1
+    return True
+
+
+@jit.njit
 def release(engine: Any) -> None:
     """Give the lock back; the engine thread goes on at once if a round is under way.
 

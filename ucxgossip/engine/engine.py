@@ -8,9 +8,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numba import types
@@ -29,8 +29,10 @@ from ucxgossip.mailbox import Mailbox
 from ucxgossip.ucp import abi, ops
 from ucxgossip.ucp.context import Context
 from ucxgossip.ucp.endpoint import Endpoint
-from ucxgossip.ucp.memory import MemoryRegion
+from ucxgossip.ucp.memory import MemoryRegion, RemoteKey
 from ucxgossip.ucp.worker import Worker
+
+T = TypeVar("T")
 
 _SLICE_NS = 250_000_000
 _LOCK_NS = 60_000_000_000
@@ -193,17 +195,22 @@ class Engine:
             self._thread.join()
         atexit.unregister(self.stop)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the UCX worker, for calls of the control plane."""
+    def exclusively(self, call: Callable[[], T]) -> T:
+        """What `call` returns, which has the UCX worker to itself: for the control plane.
+
+        No context manager: Ctrl-C between its taking the lock and the block, or as its ``__exit__``
+        begins, would keep the lock. Here CPython looks for signals nowhere in between.
+        """
         self._check_open()
-        if not drive.acquire(self.words, jit.now_ns() + _LOCK_NS):
-            self._check_open()
-            raise ExchangeError("the engine did not give the UCX worker back within 60 s")
+        held = np.zeros(1, np.int64)
         try:
-            yield
+            if not drive.hold(self.words, jit.now_ns() + _LOCK_NS, held):
+                self._check_open()
+                raise ExchangeError("the engine did not give the UCX worker back within 60 s")
+            return call()
         finally:
-            drive.release(self.words)
+            if held[0]:
+                drive.release(self.words)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -212,15 +219,17 @@ class Engine:
     def connect(self, rank: int, address: bytes) -> Endpoint:
         """Make the endpoint to `rank`, whose worker has `address`; the existing one if any."""
         if rank not in self.endpoints:
-            with self.locked():
-                endpoint = Endpoint(self.worker, address)
-                self.endpoints[rank] = endpoint
-                self._handles[rank] = endpoint.handle
-                # A TCP put makes the target's socket readable; of an RDMA write it hears nothing.
-                lanes = endpoint.transports()
-                over_tcp = bool(lanes) and all(lane.startswith("tcp/") for lane in lanes)
-                self._wakes[rank] = over_tcp or not self.words[w.RING]
+            self.exclusively(lambda: self._connect(rank, address))
         return self.endpoints[rank]
+
+    def _connect(self, rank: int, address: bytes) -> None:
+        endpoint = Endpoint(self.worker, address)
+        self.endpoints[rank] = endpoint
+        self._handles[rank] = endpoint.handle
+        # A TCP put makes the target's socket readable; of an RDMA write it hears nothing.
+        lanes = endpoint.transports()
+        over_tcp = bool(lanes) and all(lane.startswith("tcp/") for lane in lanes)
+        self._wakes[rank] = over_tcp or not self.words[w.RING]
 
     def disconnect(self, rank: int) -> None:
         """Close the endpoint to `rank`, to which nothing is under way.
@@ -228,11 +237,14 @@ class Engine:
         Nor may anything come from it before the endpoint is made anew: over TCP, a rank that makes
         one while a put from there is half received would crash (docs/protocol.md).
         """
-        with self.locked():
+
+        def close() -> None:
             for mailbox in self.mailboxes:
                 mailbox.forget(rank)
             self._handles[rank] = 0
             self.endpoints.pop(rank).close()
+
+        self.exclusively(close)
 
     def open(self, mailbox: Mailbox) -> None:
         """Take `mailbox` under the engine's care; sets its `index`."""
@@ -266,11 +278,22 @@ class Engine:
         row[w.REQUESTS] = requests.ctypes.data
         row[w.HEADERS] = headers.ctypes.data
         row[w.UNDO] = self._undo.ctypes.data
-        with self.locked():
+
+        def take() -> None:
             self._place(row, mailbox)
             self.mailboxes.append(mailbox)
             mailbox.index = index
             self.words[w.MAILBOXES] = index + 1
+
+        self.exclusively(take)
+
+    def introduce(self, mailbox: Mailbox, rank: int, packed: bytes, address: int) -> None:
+        """Tell `mailbox` where that of `rank`, to which there is an endpoint, lies."""
+
+        def introduce() -> None:
+            mailbox.set_peer(rank, RemoteKey(self.endpoints[rank], packed), address)
+
+        self.exclusively(introduce)
 
     def equip(self, mailbox: Mailbox, device: Device) -> Staging:
         """Let the rounds of `mailbox` exchange memory of `device`, by staging in pinned memory.
@@ -280,11 +303,14 @@ class Engine:
         """
         self._check_open()
         self.compile_for_devices()
-        with self.locked():
+
+        def make() -> Staging:
             staging = Staging(self.context, mailbox, device)
             self.stagings[mailbox.index] = staging
             self.table[mailbox.index, w.DEVICE] = staging.words.ctypes.data
-        return staging
+            return staging
+
+        return self.exclusively(make)
 
     def compile_for_devices(self) -> None:
         """Compile what rounds on a device need, unless that was done; `equip` does."""
@@ -316,17 +342,23 @@ class Engine:
         """
         deadline = time.monotonic() + timeout
         while self.stagings:
-            with self.locked():
-                drive.drive_once(self.words)
-                if not any(self._leaves_by_way(each) for each in self.stagings.values()):
-                    if not self._settle_devices():
-                        return False
-                    for staging in self.stagings.values():
-                        staging.leave_ways()
-                    return True
+            left = self.exclusively(self._leave_ways)
+            if left is not None:
+                return left
             if time.monotonic() > deadline:
                 return False
             os.sched_yield()
+        return True
+
+    def _leave_ways(self) -> bool | None:
+        """Whether all ways were left; None while rounds under way have chunks to copy by them."""
+        drive.drive_once(self.words)
+        if any(self._leaves_by_way(each) for each in self.stagings.values()):
+            return None
+        if not self._settle_devices():
+            return False
+        for staging in self.stagings.values():
+            staging.leave_ways()
         return True
 
     def _leaves_by_way(self, staging: Staging) -> bool:
@@ -362,36 +394,37 @@ class Engine:
         stay as they are at that moment. Rejected: repairing the old worker (UCX completes nothing
         towards a dead rank without its error handling, which costs zero-copy puts over TCP).
         """
-        self._check_open()
-        with self.locked():
-            worker = Worker(self.context)  # first: where the network is gone, it cannot be made
-            for mailbox in self.mailboxes:
-                row = self.table[mailbox.index]
-                if row[w.STATE] in (w.ACTIVE, w.FAILED):
-                    row[w.DONE_NS] = jit.now_ns()
-                    jit.store_release(row, w.STATE, w.BROKEN)
-            self._drop_requests()
-            settled = self._settle_devices()
-            for endpoint in self.endpoints.values():
-                endpoint.abandon()
-                endpoint.close()
-            self.endpoints.clear()
-            self._handles[:] = 0
-            for mailbox in self.mailboxes:
-                mailbox.renew(elsewhere)
-                self._place(self.table[mailbox.index], mailbox)
-            for staging in self.stagings.values():
-                staging.forget_ways(settled)
-                staging.follow(settled)
-            self.worker.forget_users()  # of which this engine is one, and goes on
-            self.worker.close()
-            self.worker = worker
-            self.words[w.WORKER] = self.worker.handle
-            self.words[w.EVENT_FD] = self.worker.event_fd
-            self.words[w.UNSEEN] = 0
-            self.words[w.EPOCH] = epoch
-            self._set_handlers()
+        self.exclusively(lambda: self._renew(epoch, elsewhere))
         jit.kick(int(self.words[w.ENGINE_FD]))
+
+    def _renew(self, epoch: int, elsewhere: bool) -> None:
+        worker = Worker(self.context)  # first: where the network is gone, it cannot be made
+        for mailbox in self.mailboxes:
+            row = self.table[mailbox.index]
+            if row[w.STATE] in (w.ACTIVE, w.FAILED):
+                row[w.DONE_NS] = jit.now_ns()
+                jit.store_release(row, w.STATE, w.BROKEN)
+        self._drop_requests()
+        settled = self._settle_devices()
+        for endpoint in self.endpoints.values():
+            endpoint.abandon()
+            endpoint.close()
+        self.endpoints.clear()
+        self._handles[:] = 0
+        for mailbox in self.mailboxes:
+            mailbox.renew(elsewhere)
+            self._place(self.table[mailbox.index], mailbox)
+        for staging in self.stagings.values():
+            staging.forget_ways(settled)
+            staging.follow(settled)
+        self.worker.forget_users()  # of which this engine is one, and goes on
+        self.worker.close()
+        self.worker = worker
+        self.words[w.WORKER] = self.worker.handle
+        self.words[w.EVENT_FD] = self.worker.event_fd
+        self.words[w.UNSEEN] = 0
+        self.words[w.EPOCH] = epoch
+        self._set_handlers()
 
     def post(self, mailbox: Mailbox, what: Post, kick: bool = True) -> None:
         """Start the mailbox's next round and return; `wait` for its end.
@@ -409,14 +442,17 @@ class Engine:
 
     def _stage(self, mailbox: Mailbox) -> None:
         """See to it that `mailbox` can bring pieces of its source together."""
+
+        def make() -> None:
+            places = min(self.tuning.window, mailbox.layout.chunks)
+            nbytes = places * mailbox.layout.chunk
+            mailbox.staging = MemoryRegion(self.context, nbytes=nbytes)
+            row = self.table[mailbox.index]
+            row[w.STAGING] = mailbox.staging.address
+            row[w.STAGING_PARAM] = mailbox.staging.param_address
+
         if mailbox.staging is None:
-            with self.locked():
-                places = min(self.tuning.window, mailbox.layout.chunks)
-                nbytes = places * mailbox.layout.chunk
-                mailbox.staging = MemoryRegion(self.context, nbytes=nbytes)
-                row = self.table[mailbox.index]
-                row[w.STAGING] = mailbox.staging.address
-                row[w.STAGING_PARAM] = mailbox.staging.param_address
+            self.exclusively(make)
 
     def unhold(self, mailbox: Mailbox) -> None:
         """Let a held round mix."""
@@ -462,9 +498,12 @@ class Engine:
     def flush(self, timeout: float) -> None:
         """``ucp_ep_flush_nbx`` on every endpoint: all that this rank put is in place."""
         deadline = time.monotonic() + timeout
-        with self.locked():
+
+        def each() -> None:
             for endpoint in self.endpoints.values():
                 endpoint.flush(max(0.0, deadline - time.monotonic()))
+
+        self.exclusively(each)
 
     def close(self, orderly: bool = True) -> None:
         """Stop the thread, close mailboxes, endpoints and worker. Further calls do nothing.
