@@ -37,9 +37,12 @@ class OursOnDevice:
             DeviceArray(device, device.allocate(each.nbytes), np.dtype(np.float32), len(each))
             for each in data.arrays
         ]
-        self._streams = [
-            DeviceInPlace(group, twin, self._schedule, self._meter) for twin in self._twins
-        ]
+        name = group.label("bench exchange")
+        group.suit_devices(name, True)
+        with group.naming(name):
+            self._streams = [
+                DeviceInPlace(group, twin, self._schedule, self._meter) for twin in self._twins
+            ]
         group.agree("bench exchange", {})  # all are equipped
         for stream in self._streams:
             stream.begin()

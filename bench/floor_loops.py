@@ -15,7 +15,7 @@ from numba import types
 from ucxgossip import jit
 from ucxgossip.kernels.cpu import mix
 
-CHUNK = 1 << 18
+CHUNK = 1 << 16
 """Bytes that are moved at a time, and averaged while they are in the cache."""
 
 RING = 1 << 20

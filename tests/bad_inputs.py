@@ -319,6 +319,7 @@ CASES: tuple[Case, ...] = (
     # --- tuning
     Case("Tuning", "ug.Tuning(chunk=12)", A),
     Case("Tuning", "ug.Tuning(chunk=4096, eager=8192)", A),
+    Case("Tuning", "ug.Tuning(device_chunk=12)", A),
     Case("Tuning", "ug.Tuning(window=0)", A),
     Case("Tuning", "ug.Tuning(spins=-1)", A),
     Case("Tuning", "ug.Tuning(answers=1)", A),
@@ -375,7 +376,7 @@ CASES: tuple[Case, ...] = (
     Case("mailboxes", "group.mailbox(2.5)", A),
     Case("mailboxes", "group.mailbox(64, depth=0)", A),
     Case("mailboxes", "group.mailbox(64, ring=1)", A),
-    Case("mailboxes", "group.mailbox(1 << 19, depth=2, ring=True)", A),
+    Case("mailboxes", "group.mailbox(1 << 17, depth=2, ring=True)", A),
     Case("mailboxes", "group.mailbox(64, depth=5000)", A),
     Case("mailboxes", "group.allocate(-1)", A),
     Case("mailboxes", "group.allocate('64')", A),

@@ -5,6 +5,7 @@ Trains until the step that the store's `stop` names. Prints `rank R starts at S`
 """
 
 import faulthandler
+import importlib
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch.distributed import TCPStore
 
+import fake_device as fake
 import ucxgossip as ug
 
 TIMEOUT_S = 60.0
@@ -47,6 +49,9 @@ def main() -> None:
     model = Net()
     kind = modes.pop("optimizer", "sgd")
     shuffles, looks = modes.pop("shuffles", False), modes.pop("looks", 0)
+    if modes.pop("device", None) == rank:
+        attach_module: Any = importlib.import_module("ucxgossip.torch_hook.attach")
+        attach_module.device_of = lambda _: fake.FakeDevice(pace=3)
     second = Net() if modes.pop("models", 1) == 2 else None
     if "outer" in modes:
         modes["outer"] = ug.Nesterov(**modes["outer"])
@@ -91,6 +96,7 @@ def main() -> None:
             "consensus": gossip.consensus_distance(),
             "finite": all(bool(p.isfinite().all()) for p in model.parameters()),
             "seen": sorted(seen),
+            "chunks": sorted({each.layout.chunk for each in group.engine.mailboxes}),
             **{name: gossip.stats()[name] for name in ("lost", "came", "mass")},
         }
     say(f"rank {rank} ends {json.dumps(end)}")

@@ -18,6 +18,7 @@ from forked import Forked
 from ucxgossip.bench import rejoins
 from ucxgossip.bench.spawn import ended, free_port, lines, rank_environment
 from ucxgossip.trust import new_token
+from ucxgossip.tuning import CONSTANTS
 
 pytestmark = pytest.mark.spawn
 SCRIPT = str(Path(__file__).with_name("came.py"))
@@ -148,13 +149,14 @@ MODES: dict[str, dict[str, Any]] = {
     "many buckets": {"bucket_bytes": 256},
     "exact means in the loop": {"looks": 3},
     "two models": {"models": 2},
+    "a device on one rank": {"device": 1},
 }
 
 
 @pytest.mark.parametrize(
     ("name", "transport"),
     [(name, "tcp") for name in MODES]
-    + [(name, "shm") for name in ("both", "adam and buffers", "push_sum")],
+    + [(name, "shm") for name in ("both", "adam and buffers", "push_sum", "a device on one rank")],
 )
 def test_a_rank_that_was_killed_comes_back(name: str, transport: str) -> None:
     """With the others' weights, step and optimizer state; rank 0 too, which leads."""
@@ -172,6 +174,9 @@ def test_a_rank_that_was_killed_comes_back(name: str, transport: str) -> None:
     for rank in others:
         assert [each["rank"] for each in ends[rank]["lost"]] == [victim]
         assert [each["rank"] for each in ends[rank]["came"]] == [victim]
+    usual = CONSTANTS[transport]
+    chunk = usual.device_chunk if "device" in MODES[name] else usual.chunk
+    assert [end["chunks"] for end in ends.values()] == [[chunk]] * 3
     assert ends[victim]["lost"] == ends[victim]["came"] == []
 
 

@@ -430,6 +430,8 @@ def test_memory_from_allocate_outlives_the_group(store: Any) -> None:
         {"chunk": 12},
         {"eager": 1 << 19, "chunk": 1 << 18},
         {"spins": -1},
+        {"device_chunk": 0},
+        {"device_chunk": 12},
         {"eager": 1.5},
     ],
     ids=str,
@@ -445,7 +447,9 @@ def test_tuning_leaves_the_rest_as_usual(transport: str) -> None:
     eager = min(4096, others.eager)
     assert asdict(ug.Tuning()).keys() == asdict(others).keys()
     assert ug.Tuning(endpoints=64).over(transport) == replace(others, endpoints=64)
-    assert ug.Tuning(chunk=4096).over(transport) == replace(others, chunk=4096, eager=eager)
+    small = replace(others, chunk=4096, eager=eager, device_chunk=4096)
+    assert ug.Tuning(chunk=4096).over(transport) == small
+    assert ug.Tuning(device_chunk=4096).over(transport) == replace(others, device_chunk=4096)
     assert ug.Tuning(eager=0, window=2).over(transport) == replace(others, eager=0, window=2)
 
 
@@ -460,7 +464,7 @@ def test_tuning_of_a_group_on_one_host(transport: str, store: Any) -> None:
 
 
 def test_tuning_that_does_not_fit_the_transport(store: Any) -> None:
-    tuning = ug.Tuning(eager=1 << 17)  # fits chunks over shared memory
+    tuning = ug.Tuning(eager=1 << 17)  # fits chunks over RDMA
     with pytest.raises(errors.ArgumentError, match="Tuning: chunk is 65536"):
         ug.join(0, 1, store, "tcp", tuning=tuning)
 

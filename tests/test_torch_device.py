@@ -189,8 +189,16 @@ def test_ranks_need_not_all_have_a_device(
         made.append(fake.FakeDevice(pace=2))
         return made[0]
 
+    def body(group: ug.Group) -> np.ndarray:
+        weights = train(group, "both", "atc", "sgd", 4)
+        boxes = group.engine.mailboxes
+        assert {box.layout.chunk for box in boxes} == {group.tuning.device_chunk}
+        with group.naming("another model"):
+            assert group.mailbox(8).layout.chunk == group.tuning.chunk
+        return weights
+
     monkeypatch.setattr(attach_module, "device_of", device_of)
-    ends = job(2, lambda group: train(group, "both", "atc", "sgd", 4))
+    ends = job(2, body, "shm")
     for rank, weights in enumerate(ends):
         expected = hook.reference(2, 4, "sgd", "both", "atc")[rank]
         np.testing.assert_allclose(weights, expected, rtol=1e-12, atol=1e-13)

@@ -39,7 +39,7 @@ from ucxgossip.trust import find_token, new_token
 from ucxgossip.tuning import Tuning
 from ucxgossip.ucp.context import TRANSPORTS, Context
 
-PROTOCOL = 8
+PROTOCOL = 9
 """Raised whenever ranks of different releases could not work together."""
 
 DEFAULT_TIMEOUT = 300.0
@@ -182,6 +182,7 @@ def _facts(context: Context, tuning: Constants) -> dict[str, object]:
         "UCX": ".".join(map(str, context.library.version[:2])),
         "transport": context.transport,
         "chunk": tuning.chunk,
+        "device_chunk": tuning.device_chunk,
         "payload types": [dtype.str for dtype in OPERATIONS["mix"]],
     }
 

@@ -98,8 +98,8 @@ class Guests(Membership):
             self._inherited |= history.news(self._history)
             known = len(self._history.mailboxes)
             self._history, self._settled = history, passed
-            for name, nbytes, depth, ring in history.mailboxes[known:]:
-                mailbox = self._open(self._layout(nbytes, depth, ring))
+            for name, nbytes, depth, ring, chunk in history.mailboxes[known:]:
+                mailbox = self._open(self._layout(nbytes, depth, ring, chunk))
                 if name == SPARE:
                     self._spare[mailbox.index] = mailbox
                 else:
@@ -125,8 +125,8 @@ class Guests(Membership):
             time.sleep(_AGAIN_S)
         return False
 
-    def _layout(self, nbytes: int, depth: int, ring: bool) -> Layout:
-        return Layout(nbytes, depth, self.tuning.chunk, self.verify, self.size, ring)
+    def _layout(self, nbytes: int, depth: int, ring: bool, chunk: int) -> Layout:
+        return Layout(nbytes, depth, chunk, self.verify, self.size, ring)
 
     def _take_spare(self, layout: Layout) -> Mailbox | None:
         """The first mailbox of this layout that was given back, if any."""

@@ -24,13 +24,13 @@ SPARE = ""
 class History:
     """agreed: facts by name, None for what is over. shared: what was merged, by name.
 
-    mailboxes: (name, bytes, depth, ring), by index. door: when guests come in
+    mailboxes: (name, bytes, depth, ring, chunk), by index. door: when guests come in
     (`ucxgossip.members.Door`).
     """
 
     agreed: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, bytes] = field(default_factory=dict)
-    mailboxes: list[tuple[str, int, int, bool]] = field(default_factory=list)
+    mailboxes: list[tuple[str, int, int, bool, int]] = field(default_factory=list)
     door: str = ""
 
     def dump(self) -> bytes:
@@ -46,7 +46,7 @@ class History:
             return cls(
                 dict(agreed),
                 {str(name): base64.b64decode(text) for name, text in shared.items()},
-                [(str(name), int(n), int(depth), bool(ring)) for name, n, depth, ring in mailboxes],
+                [(str(name), int(n), int(d), bool(r), int(c)) for name, n, d, r, c in mailboxes],
                 str(door),
             )
         except (ValueError, TypeError, AttributeError) as error:

@@ -47,6 +47,7 @@ class Meetings(Guests):
         self.exact_credits = False
         self._naming = "mailbox"
         self._names: dict[str, int] = {}
+        self._chunks: dict[str, int] = {}
 
     # --- the first meeting ------------------------------------------------------------------------
 
@@ -272,6 +273,15 @@ class Meetings(Guests):
         finally:
             self._naming = before
 
+    def suit_devices(self, name: str, here: bool) -> None:
+        """Mailboxes of `name` get chunks as devices want them, if any member has one. Collective.
+
+        here: whether this rank does. Once in the life of the group.
+        """
+        key = f"{name}, devices"
+        if self.share(key, b"x" if here else b"", b"".join, once=key):
+            self._chunks[name] = self.tuning.device_chunk
+
     def mailbox(self, nbytes: int, depth: int | None = None, ring: bool = False) -> Mailbox:
         """A stream of rounds of at most `nbytes` each, `depth` of which may wait. Collective.
 
@@ -285,11 +295,12 @@ class Meetings(Guests):
             raise ArgumentError(f"mailbox of {nbytes!r} bytes; must be a positive whole number")
         if not isinstance(ring, bool):
             raise ArgumentError(f"mailbox: ring is {ring!r}; must be True or False")
+        chunk = self._chunks.get(self._naming, self.tuning.chunk)
         if depth is None:
-            ring = ring and nbytes > self.tuning.ring * self.tuning.chunk > 0
+            ring = ring and nbytes > self.tuning.ring * chunk > 0
             usual = 2 if self.exact_credits else usual_depth(nbytes)
             depth = self.tuning.ring if ring else usual
-        layout = self._layout(nbytes, depth, ring)
+        layout = self._layout(nbytes, depth, ring, chunk)
         name = self.label(self._naming)
         if self._look_up(lambda: name in self._unclaimed):
             mailbox = self._unclaimed.pop(name)
@@ -305,7 +316,7 @@ class Meetings(Guests):
 
         def record() -> None:
             known = self._history.mailboxes
-            known[mailbox.index : mailbox.index + 1] = [(name, nbytes, depth, ring)]
+            known[mailbox.index : mailbox.index + 1] = [(name, nbytes, depth, ring, chunk)]
 
         facts = {"bytes": nbytes, "depth": depth, "ring": ring}
         self._compare(f"mailbox {mailbox.index}", facts, record)

@@ -57,6 +57,7 @@ class Constants:
     endpoints: int = 128
     ring: int = 8
     answers: bool = False
+    device_chunk: int = 1 << 18
 
     def __post_init__(self) -> None:
         for name, least in {
@@ -67,6 +68,7 @@ class Constants:
             "window": 1,
             "endpoints": LEAST_ENDPOINTS,
             "ring": 0,
+            "device_chunk": 8,
         }.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -77,6 +79,10 @@ class Constants:
             raise ArgumentError(
                 f"Tuning: chunk is {self.chunk}; must be a multiple of 8 and at least eager "
                 f"({self.eager})"
+            )
+        if self.device_chunk % 8:
+            raise ArgumentError(
+                f"Tuning: device_chunk is {self.device_chunk}; must be a multiple of 8"
             )
 
 

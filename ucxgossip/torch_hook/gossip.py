@@ -67,6 +67,7 @@ class Gossip:
         self._detaching = threading.RLock()
         self._shuffled: list[tuple[Iterable[Any], Shuffled]] = []
         self._epochs: list[int] = []
+        group.suit_devices(label, device is not None)
         with group.naming(label):
             self._exchange = Exchange(model, optimizer, group, modes, schedule, runs, label, device)
         self._buckets = self._exchange.buckets
