@@ -26,7 +26,7 @@ from ucxgossip.kernels.cpu import mix, mix_whole
 from ucxgossip.schedule import Dissemination
 
 KERNEL_BYTES = (1 << 16, 1 << 20, 100_000_000)
-CHUNKS = (1 << 18, 1 << 20)
+CHUNKS = (1 << 16, 1 << 18)
 ROUND_BYTES = (8, 1 << 16, 1 << 22)
 REPEATS = 41
 PASS_BYTES = 1 << 25

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import lru_cache
 from typing import Any
@@ -16,8 +16,10 @@ from hypothesis import settings
 
 import forked
 import ucxgossip as ug
+from engine_pair import Pair, make_pair
 from ucxgossip import trust
 from ucxgossip.bench import kills, spawn
+from ucxgossip.engine import words as w
 
 DEADLINE = 60.0
 
@@ -167,3 +169,20 @@ def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks that `bench.spawn` starts are forks of a process that has imported torch."""
     for module in (spawn, kills):
         monkeypatch.setattr(module, "start_rank", forked.start_rank)
+
+
+@pytest.fixture(params=["tcp", "shm"])
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def pair(transport: str, request: pytest.FixtureRequest) -> Iterator[Pair]:
+    made = make_pair(transport, *getattr(request, "param", (4096, 2)))
+    yield made
+    for box in made.boxes:
+        assert box.intact(), "a guard byte of a mailbox was overwritten"
+    for engine in made.engines:
+        assert engine.words[w.MALFORMED] == 0
+        engine.close()
+        engine.context.close()

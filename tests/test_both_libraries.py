@@ -17,6 +17,8 @@ from ucxgossip.ucp import lib
 FILES = {
     "test_ucp.py": "",
     "test_engine.py": "",
+    "test_rounds.py": "",
+    "test_messages.py": "",
     "test_group.py": "",
     "test_spawn.py": "rounds_are_exact and not 8",  # processes take seconds to start here
 }

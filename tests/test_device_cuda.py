@@ -15,8 +15,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
+import engine_pair as engines
 import fake_driver as fake
-import test_engine as engines
 from ucxgossip.device import admission, cuda
 from ucxgossip.device import driver as driver_module
 from ucxgossip.device import table as t

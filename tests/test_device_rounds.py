@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import engine_pair as engines
 import fake_device as fake
-import test_engine as engines
 from ucxgossip.device import table as t
 from ucxgossip.engine import device_rounds as d
 from ucxgossip.engine import drive
@@ -34,7 +34,7 @@ def few_places(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class DevicePair:
-    """The two ranks of `test_engine.Pair`; those in `on` exchange memory of a fake device."""
+    """The two ranks of `engine_pair.Pair`; those in `on` exchange memory of a fake device."""
 
     def __init__(
         self, pair: Any, on: tuple[int, ...], pace: int, seed: int = 0, direct: bool = False

@@ -463,6 +463,33 @@ def test_tuning_of_a_group_on_one_host(transport: str, store: Any) -> None:
         assert group.tuning == replace(here, yields=7)
 
 
+@pytest.mark.parametrize(
+    ("theirs", "asked", "fits"),
+    [
+        (True, {"ring": True}, True),
+        (False, {"ring": True}, True),
+        (False, {}, True),
+        (True, {}, False),
+        (True, {"ring": True, "nbytes": 1 << 23}, False),
+        (False, {"depth": 3}, False),
+    ],
+)
+def test_who_comes_back_takes_over_mailboxes_that_are_usual_elsewhere(
+    store: Any, theirs: bool, asked: dict[str, Any], fits: bool
+) -> None:
+    """As where another launcher says whether all ranks are on one host. theirs: it is a ring."""
+    nbytes = 1 << 22
+    with ug.join(0, 1, store, "tcp", tuning=ug.Tuning(ring=16)) as group, group.naming("box"):
+        known = group._open(group._layout(nbytes, 32, theirs, group.tuning.chunk))
+        group._unclaimed["box 0"] = known
+        call = {"nbytes": nbytes, **asked}
+        if fits:
+            assert group.mailbox(**call) is known
+        else:
+            with pytest.raises(errors.MismatchError, match="slots and chunks"):
+                group.mailbox(**call)
+
+
 def test_tuning_that_does_not_fit_the_transport(store: Any) -> None:
     tuning = ug.Tuning(eager=1 << 17)  # fits chunks over RDMA
     with pytest.raises(errors.ArgumentError, match="Tuning: chunk is 65536"):

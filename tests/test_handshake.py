@@ -57,6 +57,7 @@ def one_message(ends: list[Any], kind: type[Exception]) -> str:
         ("UCX", "1.13", r"join: UCX: rank 0 has '1\.\d+', rank \d has '1\.\d+'"),
         ("transport", "tcp", r"join: transport: rank 0 has '\w+', rank \d has '\w+'"),
         ("chunk", 8, r"join: chunk: rank 0 has \d+, rank \d has \d+"),
+        ("device_chunk", 8, r"join: device_chunk: rank 0 has \d+, rank \d has \d+"),
         ("payload types", ["<f4", ">f8"], r"join: payload types\[1\]: rank 0 has '.f8', .*"),
         ("a new fact", 1, r"join: a new fact: rank \d has it, rank \d does not"),
     ],

@@ -9,12 +9,12 @@ import pytest
 
 
 @pytest.mark.spawn
-@pytest.mark.parametrize("name", ["test_engine", "test_device_rounds"])
-def test_engine_interpreted(name: str) -> None:
+@pytest.mark.parametrize("names", ["test_engine test_rounds test_messages", "test_device_rounds"])
+def test_engine_interpreted(names: str) -> None:
     folder = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib"]
-        + [str(folder / f"{name}.py")],
+        + [str(folder / f"{name}.py") for name in names.split()],
         env={**os.environ, "NUMBA_DISABLE_JIT": "1"},
         capture_output=True,
         timeout=240,

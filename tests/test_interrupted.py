@@ -131,7 +131,7 @@ def test_a_post_that_is_interrupted_anywhere_keeps_no_lock(store: Any) -> None:
             if not group.engine.active(box):
                 group.post(box, buffer, buffer, ALONE)
             group.wait(box)
-            group.engine.exclusively(list)
+            group.engine.exclusively(group.engine._check_open)  # in which the lock is held
 
         place = 1
         while interrupted_at(place, post, from_another_thread):

@@ -205,6 +205,25 @@ def test_ranks_need_not_all_have_a_device(
     made[0].check()
 
 
+def test_a_model_of_which_some_copies_are_on_devices_is_attached_again(
+    job: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those on the CPU give no mailboxes back that the others keep."""
+    here = threading.local()
+    monkeypatch.setattr(
+        attach_module, "device_of", lambda _: fake.FakeDevice() if here.device else None
+    )
+
+    def body(group: ug.Group) -> list[np.ndarray]:
+        here.device = group.rank == 0
+        return [train(group, "both", "atc", "sgd", 4) for _ in range(3)]
+
+    for rank, ends in enumerate(job(2, body)):
+        expected = hook.reference(2, 4, "sgd", "both", "atc")[rank]
+        for weights in ends:
+            np.testing.assert_allclose(weights, expected, rtol=1e-12, atol=1e-13)
+
+
 def test_the_host_does_not_wait_for_the_mixes(
     job: Callable[..., list[Any]], devices: list[Any]
 ) -> None:

@@ -273,14 +273,16 @@ class Meetings(Guests):
         finally:
             self._naming = before
 
-    def suit_devices(self, name: str, here: bool) -> None:
+    def suit_devices(self, name: str, here: bool) -> bool:
         """Mailboxes of `name` get chunks as devices want them, if any member has one. Collective.
 
-        here: whether this rank does. Once in the life of the group.
+        here: whether this rank does. Once in the life of the group. Returns whether any does.
         """
         key = f"{name}, devices"
-        if self.share(key, b"x" if here else b"", b"".join, once=key):
+        found = bool(self.share(key, b"x" if here else b"", b"".join, once=key))
+        if found:
             self._chunks[name] = self.tuning.device_chunk
+        return found
 
     def mailbox(self, nbytes: int, depth: int | None = None, ring: bool = False) -> Mailbox:
         """A stream of rounds of at most `nbytes` each, `depth` of which may wait. Collective.
@@ -296,19 +298,24 @@ class Meetings(Guests):
         if not isinstance(ring, bool):
             raise ArgumentError(f"mailbox: ring is {ring!r}; must be True or False")
         chunk = self._chunks.get(self._naming, self.tuning.chunk)
+        usual, may_be_ring = depth is None, ring
         if depth is None:
             ring = ring and nbytes > self.tuning.ring * chunk > 0
-            usual = 2 if self.exact_credits else usual_depth(nbytes)
-            depth = self.tuning.ring if ring else usual
+            slots = 2 if self.exact_credits else usual_depth(nbytes)
+            depth = self.tuning.ring if ring else slots
         layout = self._layout(nbytes, depth, ring, chunk)
         name = self.label(self._naming)
         if self._look_up(lambda: name in self._unclaimed):
             mailbox = self._unclaimed.pop(name)
-            if mailbox.layout != layout:
-                known = mailbox.layout
+            known = mailbox.layout
+            # What is usual hangs on whether the hosts are one, which another launcher may not say.
+            same = (known.nbytes, known.chunk) == (nbytes, chunk)
+            as_theirs = usual and same and may_be_ring >= known.ring
+            if known != layout and not as_theirs:
                 raise MismatchError(
                     f"{name}: rank {self.members[0]} has {known.nbytes} bytes in {known.depth} "
-                    f"slots, rank {self.rank} has {nbytes} in {depth}"
+                    f"slots and chunks of {known.chunk}, rank {self.rank} has {nbytes} in {depth} "
+                    f"and {chunk}"
                 )
             return mailbox
         spare = self._take_spare(layout)
@@ -318,7 +325,7 @@ class Meetings(Guests):
             known = self._history.mailboxes
             known[mailbox.index : mailbox.index + 1] = [(name, nbytes, depth, ring, chunk)]
 
-        facts = {"bytes": nbytes, "depth": depth, "ring": ring}
+        facts = {"bytes": nbytes, "depth": depth, "ring": ring, "chunk": chunk}
         self._compare(f"mailbox {mailbox.index}", facts, record)
         if spare is not None:
             self.restart(mailbox)

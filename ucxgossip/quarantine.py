@@ -3,9 +3,9 @@
 One NaN that is averaged is a NaN on two ranks, on four a step later, and on all within one period
 of the schedule. The receiver decides, since it sees the values in the pass that mixes them; a
 sender would need a pass of its own, and would have to tell its partner that nothing comes. The
-unit is a chunk of the engine (`Tuning.chunk`). Rejected: leaving out single elements (what stands
-beside a NaN is seldom worth more than it), or whole rounds (the first chunk is mixed before the
-last has come).
+unit is a chunk of the engine (`Tuning.chunk`, or `device_chunk`). Rejected: leaving out single
+elements (what stands beside a NaN is seldom worth more than it), or whole rounds (the first chunk
+is mixed before the last has come).
 """
 
 from __future__ import annotations

@@ -24,8 +24,9 @@ that all chunks are messages there. answers: or a rank would begin its next roun
 one's bytes still wait in its socket, and the two share the link. chunk: all ranks of a job must
 have the same, also one that comes back by another launcher, so it does not hang on the hosts.
 device_chunk: larger, since a device makes some calls of its driver a chunk; over TCP as for CPUs,
-where larger ones are puts. ring: over shared memory 1 MiB, as large as a core's L2 cache; over a
-network 8 MiB, since what is under way must fit in (docs/performance.md). verbs: not measured."""
+where larger ones are puts. With an RDMA device "auto" puts chunks of 64 KiB, which is not measured.
+ring: over shared memory 1 MiB, as large as a core's L2 cache; over a network 8 MiB, since what is
+under way must fit in (docs/performance.md). verbs: not measured."""
 
 _ONE_HOST = {
     "tcp": replace(CONSTANTS["tcp"], ring=32, answers=False),
@@ -58,8 +59,9 @@ class Tuning:
     may be in flight. endpoints: connections to other ranks that are kept; beyond it the one that
     was not used for longest is closed. ring: chunks that a mailbox for large blocking rounds holds
     (`Group.mailbox`); 0: whole payloads. answers: whether a round of several messages ends only
-    once its target has said that it has them all, as a round of puts does. device_chunk: the chunk
-    of models of which any rank's copy is on a device; as `chunk` where that alone is given.
+    once its target has said that it has them all, as a round of puts does. device_chunk: the
+    chunk (bytes, a multiple of 8; what is larger than `eager` is put) of models of which any rank's
+    copy is on a device; as `chunk` where that alone is given.
 
     `ArgumentError` for what is no such number. ``ucxgossip doctor`` shows what is usual, and
     docs/performance.md what was measured.

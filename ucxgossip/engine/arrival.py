@@ -46,10 +46,11 @@ from ucxgossip.engine.sending import endpoint_of, forget, send
 def _before_its_own(engine: Any, mailbox: Any, number: int, chunk: int) -> bool:
     """Whether the chunk is of the round under way, in place, and its own has not left.
 
-    And whether rounds may move within a handler: chunks and messages are of one size for all.
+    And whether rounds may move within a handler: not where any of them puts, since a put's fence
+    is a progress call in some releases of UCX.
     """
     return (
-        mailbox[w.CHUNK] <= engine[w.EAGER]
+        engine[w.LARGEST] <= engine[w.EAGER]
         and jit.load_acquire(mailbox, w.STATE) == w.ACTIVE
         and mailbox[w.ROUND] == number
         and mailbox[w.DEVICE] == 0

@@ -137,7 +137,10 @@ class Engine:
             drive.drive(self.words, -1, jit.now_ns() + _LOCK_NS)
             drive.drive_launched(self.words, -1, jit.now_ns() + _LOCK_NS)
             self.words[w.STOP] = 0
-            jit.compile_ahead(drive.shut, types.boolean(types.int64[::1], types.int64))
+            words = types.int64[::1]
+            jit.compile_ahead(drive.shut, types.boolean(words, types.int64))
+            jit.compile_ahead(drive.hold, types.boolean(words, types.int64, words))
+            jit.compile_ahead(drive.release, types.void(words))
             jit.compile_ahead(rounds.post, rounds.POST_SIGNATURE)
             self.post_next = jit.compile_ahead(itinerary.post, itinerary.SIGNATURE)
             self.exchange_next = jit.compile_ahead(itinerary.exchange, itinerary.SIGNATURE)
@@ -289,6 +292,7 @@ class Engine:
             self._place(row, mailbox)
             self.mailboxes.append(mailbox)
             mailbox.index = index
+            self.words[w.LARGEST] = max(self.words[w.LARGEST], layout.chunk)
             self.words[w.MAILBOXES] = index + 1
 
         self.exclusively(take)

@@ -20,10 +20,10 @@ from ucxgossip.engine import words as w
 from ucxgossip.mailbox import WAYS
 from ucxgossip.scattered import gather
 
-PERIOD = 512
-TRIAL = 8
-"""Chunks that are tried each way; the first half of them find the lines as the other way left
-them, and do not count."""
+PERIOD = 2048
+TRIAL = 32
+"""Chunks that are tried each way, two rounds of a ring of 16; the first half of them find the lines
+as the other way left them, and do not count."""
 
 COUNT, KEPT_NS, STREAMED_NS, STREAMS = range(WAYS)
 """By rank: chunks stored so far, the least time of the last trial of each way, and the choice."""

@@ -151,10 +151,10 @@ class Bucket:
                 if self.gradients is not None and parameter.grad is not None:
                     parameter.grad = parameter.grad.clone()
 
-    def give_back(self, group: Group) -> None:
-        """After `release`: memory and mailboxes, for others to have."""
+    def give_back(self, group: Group, streams: bool) -> None:
+        """After `release`: memory, and the streams' mailboxes, for others to have."""
         for stream in (self.gradients_stream, self.weights_stream):
-            if stream is not None:
+            if streams and stream is not None:
                 stream.give_back()  # which refuses while a round is under way
         for flat in (self.weights, self.gradients):
             if flat is not None:

@@ -305,16 +305,17 @@ class Exchange:
         for bucket in self.buckets:
             bucket.release()
 
-    def give_back(self) -> None:
+    def give_back(self, streams: bool) -> None:
         """After `finish` and `release`: memory and mailboxes, for the next model to have.
 
-        Not those of push-sum's channels, whose messages wait for nobody, and of devices.
+        Not those of push-sum's channels, whose messages wait for nobody. streams: False where any
+        rank keeps its mailboxes, which have staging of its device: then all ranks keep theirs.
         """
         for bucket in self.buckets:
-            bucket.give_back(self.group)
+            bucket.give_back(self.group, streams)
         for part in (self.state, self.buffers):
             if part is not None:
-                part.give_back()
+                part.give_back(streams)
         self.collective.give_back()
 
     def stats(self) -> dict[str, Any]:

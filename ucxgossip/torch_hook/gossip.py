@@ -67,7 +67,7 @@ class Gossip:
         self._detaching = threading.RLock()
         self._shuffled: list[tuple[Iterable[Any], Shuffled]] = []
         self._epochs: list[int] = []
-        group.suit_devices(label, device is not None)
+        self._devices = group.suit_devices(label, device is not None)
         with group.naming(label):
             self._exchange = Exchange(model, optimizer, group, modes, schedule, runs, label, device)
         self._buckets = self._exchange.buckets
@@ -428,7 +428,7 @@ class Gossip:
         finally:
             self._leave()
         if usable:
-            self._exchange.give_back()
+            self._exchange.give_back(streams=not self._devices)
         elif not self.group.closed:
             self.group.tell_failure()
 

@@ -163,7 +163,7 @@ class OptimizerState:
                 if entry and entry.get(name) is view:
                     entry[name] = view.clone()
 
-    def give_back(self) -> None:
+    def give_back(self, streams: bool) -> None:
         """After `release`: memory and mailboxes, for others to have."""
         for _, _, flat in self.flats:
             flat.give_back(self.group)
@@ -269,7 +269,7 @@ class ModelBuffers:
         for (_, _, stream), each in zip(self.parts, states, strict=True):
             stream.load(each)
 
-    def give_back(self) -> None:
+    def give_back(self, streams: bool) -> None:
         """After `finish`: memory and mailboxes, for others to have."""
         for _, flat, stream in self.parts:
             flat.give_back(self.group)
