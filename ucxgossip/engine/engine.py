@@ -300,10 +300,10 @@ class Engine:
     def introduce(self, mailbox: Mailbox, rank: int, packed: bytes, address: int) -> None:
         """Tell `mailbox` where that of `rank`, to which there is an endpoint, lies."""
 
-        def introduce() -> None:
+        def set_peer() -> None:
             mailbox.set_peer(rank, RemoteKey(self.endpoints[rank], packed), address)
 
-        self.exclusively(introduce)
+        self.exclusively(set_peer)
 
     def equip(self, mailbox: Mailbox, device: Device) -> Staging:
         """Let the rounds of `mailbox` exchange memory of `device`, by staging in pinned memory.

@@ -164,10 +164,10 @@ class OptimizerState:
                     entry[name] = view.clone()
 
     def give_back(self, streams: bool) -> None:
-        """After `release`: memory and mailboxes, for others to have."""
+        """After `release`: memory, and the streams' mailboxes, for others to have."""
         for _, _, flat in self.flats:
             flat.give_back(self.group)
-        for stream in self.streams:
+        for stream in self.streams if streams else ():
             stream.give_back()
 
 
@@ -270,7 +270,8 @@ class ModelBuffers:
             stream.load(each)
 
     def give_back(self, streams: bool) -> None:
-        """After `finish`: memory and mailboxes, for others to have."""
+        """After `finish`: memory, and the streams' mailboxes, for others to have."""
         for _, flat, stream in self.parts:
             flat.give_back(self.group)
-            stream.give_back()
+            if streams:
+                stream.give_back()
