@@ -6,7 +6,10 @@ reads both operands, and writes the squared distance and what was not finite bes
 mixes unless the first found something. The second finds the chunk in the cache that the first
 filled. The host learns what was left out later, from the same two words.
 
-All kernels of the engine, the plain mix among them, take the same five arguments.
+A launch does a run of chunks, with one row of blocks (``blockIdx.y``) and one pair of results each:
+what is left out is a chunk, however many are mixed at a time.
+
+The kernels of the engine take the same arguments; the plain mix takes no notice of the last.
 
 **Untested on hardware**: proved are compilation for sm_90 and, on a CPU, the arithmetic
 (tests/test_cuda_whole.py).
@@ -88,17 +91,26 @@ __device__ __forceinline__ void gauge(const T *__restrict__ dst, const T *__rest
     add_up(total, result);
 }
 
+// The chunk that this row of blocks works on: from `first` on, `count` elements, `result`.
+#define CHUNK_OF_ROW                                                                        \
+    const long long first = blockIdx.y * chunk;                                             \
+    count = count - first < chunk ? count - first : chunk;                                  \
+    result += 2 * blockIdx.y;
+
 #define WHOLE(T)                                                                            \
     extern "C" __global__ void __launch_bounds__(THREADS)                                   \
-    gauge_##T(T *dst, const T *src, T, long long count, double *result)                     \
+    gauge_##T(T *dst, const T *src, T, long long count, double *result, long long chunk)    \
     {                                                                                       \
-        gauge<T>(dst, src, count, result);                                                  \
+        CHUNK_OF_ROW                                                                        \
+        gauge<T>(dst + first, src + first, count, result);                                  \
     }                                                                                       \
     extern "C" __global__ void __launch_bounds__(THREADS)                                   \
-    mix_whole_##T(T *dst, const T *src, T alpha, long long count, double *result)           \
+    mix_whole_##T(T *dst, const T *src, T alpha, long long count, double *result,           \
+                  long long chunk)                                                          \
     {                                                                                       \
+        CHUNK_OF_ROW                                                                        \
         if (*reinterpret_cast<const unsigned long long *>(result + 1) == 0) {               \
-            mix<T, T, T>(dst, src, alpha, count, 0);                                        \
+            mix<T, T, T>(dst + first, src + first, alpha, count, 0);                        \
         }                                                                                   \
     }
 """
@@ -107,9 +119,11 @@ __device__ __forceinline__ void gauge(const T *__restrict__ dst, const T *__rest
 def names(kind: str) -> tuple[str, str, str]:
     """The engine's kernels for `kind`: the plain mix, gauge, and the mix that heeds it.
 
-    Parameters of each: dst, src (pointers), alpha (of the arrays' type), count (elements, 64 bits),
-    result (pointer to a double, the squared distance to add to, and the bits of what was not
-    finite: `kernels.cpu.CAME_IN` and `OWN`).
+    Parameters of each: dst, src (pointers), alpha (of the arrays' type), count (elements of all
+    chunks, 64 bits), result (pointer to a double, the squared distance to add to, and the bits of
+    what was not finite, `kernels.cpu.CAME_IN` and `OWN`; two words a chunk), chunk (elements of a
+    chunk, 64 bits; the last one may be shorter). The grid has a row for each chunk; the plain mix
+    has no chunks, and one row.
     """
     return kernel_name(kind, kind), f"gauge_{kind}", f"mix_whole_{kind}"
 

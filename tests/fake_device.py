@@ -198,30 +198,36 @@ class FakeDevice:
 
     def _launch(self, kernel: int, *rest: int) -> int:
         gx, gy, gz, bx, by, bz, shared, stream, arguments, extra = rest
-        assert (gy, gz, bx, by, bz, shared, extra) == (1, 1, 256, 1, 1, 0, 0)
-        assert 1 <= gx <= 4
+        assert (gz, bx, by, bz, shared, extra) == (1, 256, 1, 1, 0, 0)
         dtype, which = KERNELS[kernel]
         # By value, as a launch takes them: the engine writes the next ones at once.
-        dst, src, _, count, result = (
-            int(array_at(int(each), np.int64, 1)[0]) for each in array_at(arguments, np.int64, 5)
+        dst, src, _, count, result, chunk = (
+            int(array_at(int(each), np.int64, 1)[0]) for each in array_at(arguments, np.int64, 6)
         )
-        alpha = dtype(array_at(int(array_at(arguments, np.int64, 5)[2]), dtype, 1)[0])
+        alpha = dtype(array_at(int(array_at(arguments, np.int64, 6)[2]), dtype, 1)[0])
+        if which == t.MIX:
+            chunk = count
+        assert gy == -(-count // chunk) and 1 <= gx * gy <= max(4, gy)
+        pieces = [(at, min(chunk, count - at)) for at in range(0, count, chunk)]
 
         def run() -> bool:
-            to, source = array_at(dst, dtype, count), array_at(src, dtype, count)
-            squares, bits = array_at(result, np.float64, 1), array_at(result + 8, np.int64, 1)
-            with np.errstate(all="ignore"):
-                if which == t.MIX:
-                    squares[0] += mix(to, source, alpha)
-                elif which == t.GAUGE:
-                    difference = (source - to).astype(np.float64)
-                    squares[0] += float(difference @ difference)
-                    bits[0] |= spoiled(to, source) & (CAME_IN | OWN)
-                elif bits[0] == 0:
-                    mix(to, source, alpha)
+            found = array_at(result, np.float64, 2 * len(pieces))
+            for row, (at, length) in enumerate(pieces):
+                skip = at * np.dtype(dtype).itemsize
+                to, source = (array_at(each + skip, dtype, length) for each in (dst, src))
+                bits = found.view(np.int64)[2 * row + 1 :]
+                with np.errstate(all="ignore"):
+                    if which == t.MIX:
+                        found[0] += mix(to, source, alpha)
+                    elif which == t.GAUGE:
+                        difference = (source - to).astype(np.float64)
+                        found[2 * row] += float(difference @ difference)
+                        bits[0] |= spoiled(to, source) & (CAME_IN | OWN)
+                    elif bits[0] == 0:
+                        mix(to, source, alpha)
             return True
 
-        self._enqueue(stream, f"kernel {which} -> {dst:#x}", run)
+        self._enqueue(stream, f"kernel {which} x {len(pieces)} -> {dst:#x}", run)
         return 0
 
     # --- its clock -----------------------------------------------------------------------------

@@ -128,7 +128,7 @@ SHIM = r"""
 #define __restrict__
 #define __shared__ static
 struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct Place { unsigned x; };
+struct Place { unsigned x, y; };
 static Place blockIdx, threadIdx, gridDim;
 static float __uint_as_float(unsigned bits) { float to; memcpy(&to, &bits, 4); return to; }
 static unsigned __float_as_uint(float value) { unsigned to; memcpy(&to, &value, 4); return to; }

@@ -50,12 +50,13 @@ def test_16_bytes_at_a_time_and_nothing_spilled(compiled: SimpleNamespace, kind:
 
 RUNNER = r"""
 extern "C" void run_{name}({kind} *dst, const {kind} *src, double alpha, long long count,
-                           double *result, int blocks)
+                           double *result, long long chunk, int blocks, int rows)
 {{
     gridDim.x = blocks;
-    for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x)
-        for (threadIdx.x = 0; threadIdx.x < THREADS; ++threadIdx.x)
-            {name}(dst, src, alpha, count, result);
+    for (blockIdx.y = 0; blockIdx.y < rows; ++blockIdx.y)
+        for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x)
+            for (threadIdx.x = 0; threadIdx.x < THREADS; ++threadIdx.x)
+                {name}(dst, src, alpha, count, result{chunk});
 }}
 """
 
@@ -74,7 +75,11 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
     shim = cuda.SHIM + (
         "static void atomicOr(unsigned long long *to, unsigned long long bits) { *to |= bits; }\n"
     )
-    runners = [RUNNER.format(name=name, kind=kind) for kind in KINDS for name in names(kind)]
+    runners = [
+        RUNNER.format(name=name, kind=kind, chunk="" if name == names(kind)[0] else ", chunk")
+        for kind in KINDS
+        for name in names(kind)
+    ]
     folder = tmp_path_factory.mktemp("whole")
     (folder / "whole.cpp").write_text(shim + source + "".join(runners))
     made = subprocess.run(
@@ -96,7 +101,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
         for name in names(kind):
             getattr(library, f"run_{name}").argtypes = (
                 *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_double, ctypes.c_longlong),
-                *(ctypes.c_void_p, ctypes.c_int),
+                *(ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int, ctypes.c_int),
             )
     return library
 
@@ -105,6 +110,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("count", [1, 7, 1000, 4099])
 @pytest.mark.parametrize("spoil", ["", "own", "came in", "both", "apart"])
 def test_as_on_the_cpu(kernels: Any, kind: str, count: int, spoil: str) -> None:
+    """One chunk, of any alignment."""
     rng = np.random.default_rng(count)
     for offset in range(4):
         dst, src = (rng.standard_normal(count + 4).astype(kind)[offset:] for _ in range(2))
@@ -121,7 +127,9 @@ def test_as_on_the_cpu(kernels: Any, kind: str, count: int, spoil: str) -> None:
         result = np.zeros(2)
         for name in names(kind)[1:]:
             run = getattr(kernels, f"run_{name}")
-            run(dst.ctypes.data, src.ctypes.data, 0.25, len(dst), result.ctypes.data, 2)
+            run(
+                dst.ctypes.data, src.ctypes.data, 0.25, len(dst), result.ctypes.data, len(dst), 2, 1
+            )
         assert dst.tobytes() == wanted.tobytes()
         bits = int(result.view(np.int64)[1])
         if spoil:
@@ -130,3 +138,41 @@ def test_as_on_the_cpu(kernels: Any, kind: str, count: int, spoil: str) -> None:
         else:
             assert bits == 0
             np.testing.assert_allclose(result[0], found, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [512, 1536, 1537, 2044])
+def test_a_run_of_chunks_is_one_after_the_other(kernels: Any, kind: str, count: int) -> None:
+    """Each with results of its own, and left out by itself."""
+    rng, chunk = np.random.default_rng(count), 512
+    dst, src = (rng.standard_normal(count + 2).astype(kind) for _ in range(2))
+    src[min(600, count - 1)] = np.nan
+    dst[count:] = src[count:] = 77  # which no row may touch
+    wanted = dst.copy()
+    rows = -(-count // chunk)
+    undo = np.empty(chunk, kind)
+    found = np.zeros((rows, 2))
+    with np.errstate(all="ignore"):
+        each = [
+            mix_whole(
+                wanted[at : min(at + chunk, count)],
+                src[at : min(at + chunk, count)],
+                wanted.dtype.type(0.25),
+                undo,
+            )
+            for at in range(0, count, chunk)
+        ]
+    for name in names(kind)[1:]:
+        run = getattr(kernels, f"run_{name}")
+        run(
+            *(dst.ctypes.data, src.ctypes.data, 0.25, count, found.ctypes.data),
+            *(chunk, 2, rows),
+        )
+    assert dst.tobytes() == wanted.tobytes()
+    for row, (distance, bits) in enumerate(
+        zip(found[:, 0], found.view(np.int64)[:, 1], strict=True)
+    ):
+        spoiled = row == min(600, count - 1) // chunk
+        assert bits == (CAME_IN if spoiled else 0)
+        if not spoiled:
+            np.testing.assert_allclose(distance, each[row], rtol=1e-5)

@@ -70,7 +70,7 @@ def test_compiled_code_calls_the_driver(device: Any, library: Any) -> None:
     assert t.wait(table, STREAM, event) == 0
     assert t.query(table, event) == t.NOT_READY
     assert t.query(table, event) == 0
-    assert t.launch(table, 901, 7, int(table[t.IN]), arguments.ctypes.data) == 0
+    assert t.launch(table, 901, 7, 3, int(table[t.IN]), arguments.ctypes.data) == 0
     assert t.pop(table, mode.ctypes.data) == 0
     library.fails["cuThreadExchangeStreamCaptureMode"] = 1
     assert t.push(table, mode.ctypes.data) == 1 and library.contexts == []
@@ -78,7 +78,7 @@ def test_compiled_code_calls_the_driver(device: Any, library: Any) -> None:
     assert np.array_equal(source, to)
     found = dict(library.calls)
     assert found["cuStreamWaitEvent"] == (STREAM, event, 0)
-    shape = (901, 7, 1, 1, 256, 1, 1, 0)
+    shape = (901, 7, 3, 1, 256, 1, 1, 0)
     assert found["cuLaunchKernel"] == (*shape, table[t.IN], arguments.ctypes.data, 0)
     device.drop_event(event)
 

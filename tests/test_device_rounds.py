@@ -335,8 +335,8 @@ def test_done_is_recorded_after_the_last_mix(make: Callable[..., DevicePair]) ->
     both.pair.until(both.pair.ended)
     log = both.device.log
     done = log.index(f"event {both.stagings[0].done_event}")
-    kernels = [i for i, what in enumerate(log) if what.startswith("kernel")]
-    assert len(kernels) == 12  # two a chunk
+    kernels = {i: what.split() for i, what in enumerate(log) if what.startswith("kernel")}
+    assert sum(int(words[3]) for words in kernels.values()) == 12  # two a chunk
     assert max(kernels) < done
 
 
@@ -437,7 +437,8 @@ def test_a_held_round_is_launched_before_the_stream_has_ended(
 
 def test_what_waits_on_the_device_is_limited(make: Callable[..., DevicePair]) -> None:
     """Over all mailboxes: a driver's call blocks when its queue is full."""
-    chunks = d.MOST_IN_FLIGHT + 8
+    most = PLACES * d.MOST_IN_FLIGHT
+    chunks = most + 8
     values = values_of(chunks * CHUNK // 4, 26)
     both = make(values[0].nbytes, pace=40)
     more = both.another(2 * CHUNK)
@@ -451,14 +452,12 @@ def test_what_waits_on_the_device_is_limited(make: Callable[..., DevicePair]) ->
         both.device.compute(lambda: None)
         both.stagings[rank].unheld()
         both.pair.engines[rank].unhold(both.pair.boxes[rank])
-    both.pair.until(
-        lambda: both.word(0, d.ENQUEUED) == both.word(1, d.ENQUEUED) == d.MOST_IN_FLIGHT
-    )
+    both.pair.until(lambda: both.word(0, d.ENQUEUED) == both.word(1, d.ENQUEUED) == most)
     both.device.stalled = {IN}
     for rank in (0, 1):
         more.post(rank, small[rank])
     both.pair.settle(0, 100)
-    assert both.word(0, d.ENQUEUED) == d.MOST_IN_FLIGHT and more.word(0, d.ENQUEUED) == 0
+    assert both.word(0, d.ENQUEUED) == most and more.word(0, d.ENQUEUED) == 0
     both.device.stalled = set()
     both.pair.until(lambda: both.pair.ended() and more.pair.ended())
     for rank in (0, 1):
@@ -466,6 +465,66 @@ def test_what_waits_on_the_device_is_limited(make: Callable[..., DevicePair]) ->
         assert np.array_equal(memories[rank].view(np.float32, len(expected)), expected)
         head = small[rank].view(np.float32, 2 * CHUNK // 4)
         assert np.array_equal(head, expected[: len(head)])
+
+
+def calls(device: fake.FakeDevice) -> dict[str, int]:
+    """How often each function of the driver was called that enqueues something."""
+    kinds = ("copy", "kernel 0", "kernel 1", "kernel 2", "event")
+    return {kind: sum(what.startswith(kind) for what in device.log) for kind in kinds}
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["staged", "direct"])
+@pytest.mark.parametrize("whole", [0, 1])
+def test_what_has_come_is_mixed_in_few_calls(
+    make: Callable[..., DevicePair], direct: bool, whole: int
+) -> None:
+    """A held round has all its chunks there: staged, as many as there are places; direct, all."""
+    chunks = 4 * PLACES
+    count = chunks * CHUNK // 4 - 5
+    values = values_of(count, 28)
+    both = make(values[0].nbytes, on=(0, 1) if direct else (0,), direct=direct)
+    memories = [both.memory(each) for each in values]
+    for rank in (0, 1):
+        both.post(rank, memories[rank], held=1, whole=whole)
+    both.pair.until(lambda: all(both.pair.word(r, w.SENT) == chunks for r in (0, 1)))
+    out = calls(both.device)
+    ranks = len(both.on)
+    assert out["copy"] == ranks * (1 + (1 if direct else chunks // (PLACES // 2)))  # one: zeros
+    both.device.log.clear()
+    for rank in both.on:
+        both.stagings[rank].unheld()
+    for rank in (0, 1):
+        both.pair.engines[rank].unhold(both.pair.boxes[rank])
+    both.pair.until(both.pair.ended)
+    runs = ranks * (1 if direct else chunks // PLACES)
+    found = calls(both.device)
+    kernels = [found[f"kernel {each}"] for each in range(3)]
+    assert kernels == ([0, runs, runs] if whole else [runs, 0, 0])
+    assert found["copy"] == ranks + (0 if direct else runs)  # one for the results
+    assert found["event"] == runs + 3 * ranks  # that of the target, that it is done, and the end
+    for rank in (0, 1):
+        expected = mean(values[rank], values[1 - rank])
+        assert np.array_equal(memories[rank].view(np.float32, count), expected)
+
+
+def test_what_comes_while_others_are_mixed_waits_for_nothing(
+    make: Callable[..., DevicePair],
+) -> None:
+    """A run is what has come: the first chunk is not kept until the second is there."""
+    values = values_of(3 * CHUNK // 4, 29)
+    both = make(values[0].nbytes, on=(0,), pace=0)
+    memories = [both.memory(each) for each in values]
+    both.post(0, memories[0])
+    both.tick_out(HOST)
+    both.pair.settle(0)
+    both.tick_out(OUT)
+    both.pair.settle(0)
+    both.post(1, memories[1])
+    both.pair.until(lambda: both.pair.word(1, w.PUT) == 1, 1)
+    both.pair.until(lambda: both.word(0, d.ENQUEUED) == 1, 0)
+    both.device.pace = 1
+    both.pair.until(both.pair.ended)
+    assert np.array_equal(memories[0].view(np.float32, len(values[0])), mean(*values))
 
 
 def test_launched_is_waited_for(make: Callable[..., DevicePair]) -> None:
@@ -655,6 +714,26 @@ def test_a_corrupt_chunk_is_not_mixed(make: Callable[..., DevicePair]) -> None:
     both.pair.until(lambda: both.pair.word(0, w.STATE) != w.ACTIVE)
     assert both.pair.word(0, w.FAILURE) == w.CORRUPT
     assert np.array_equal(memories[0].view(np.float32, 100), before)
+
+
+def test_chunks_before_a_corrupt_one_are_mixed(make: Callable[..., DevicePair]) -> None:
+    """Of chunks that have all come; the error names the one."""
+    values = values_of(3 * CHUNK // 4, 30)
+    both = make(values[0].nbytes, on=(0,), verify=True)
+    memories = [both.memory(each) for each in values]
+    for rank in (0, 1):
+        both.post(rank, memories[rank], held=1 - rank)
+    both.pair.until(lambda: both.pair.word(0, w.SENT) == both.pair.word(1, w.SENT) == 3)
+    both.pair.boxes[0].slot(0, np.float32, len(values[0]))[CHUNK // 4 + 3] += 1
+    both.stagings[0].unheld()
+    both.pair.engines[0].unhold(both.pair.boxes[0])
+    both.pair.until(lambda: both.pair.word(0, w.STATE) == w.FAILED)
+    assert both.pair.word(0, w.FAILURE) == w.CORRUPT and both.pair.word(0, w.MIXED) == 1
+    both.tick_out(IN)
+    found = memories[0].view(np.float32, len(values[0]))
+    assert np.array_equal(found[CHUNK // 4 :], values[0][CHUNK // 4 :])
+    first = slice(0, CHUNK // 4)
+    assert np.array_equal(found[first], mean(values[0][first], values[1][first]))
 
 
 def test_a_round_that_is_broken_off_leaves_nothing_running(

@@ -98,14 +98,17 @@ def copy(table: Any, to: int, source: int, nbytes: int, stream: int) -> int:
 
 
 @jit.njit
-def launch(table: Any, kernel: int, blocks: int, stream: int, arguments: int) -> int:
-    """Enqueue `kernel`; `arguments`: address of the addresses of its arguments. An error, or 0."""
+def launch(table: Any, kernel: int, blocks: int, rows: int, stream: int, arguments: int) -> int:
+    """Enqueue `kernel` on `rows` (65,535 at most) rows of `blocks`; an error, or 0.
+
+    arguments: address of the addresses of its arguments.
+    """
     nothing = blocks - blocks
     one = nothing + 1
     return jit.call(
         table[LAUNCH],
         (
-            *(kernel, blocks, one, one),
+            *(kernel, blocks, rows, one),
             *(table[THREADS], one, one),
             *(nothing, stream, arguments, nothing),
         ),

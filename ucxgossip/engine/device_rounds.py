@@ -8,13 +8,14 @@ those of `rounds`, and a partner need not know what this rank computes on.
 The device does its work on two streams of ours, and tells by events when it is done. In order:
 
 1. The source's event must have completed: what the training stream had to do before the round.
-2. A chunk leaves: copy to a staging place, event; when that has completed, it is put. The place is
+2. Chunks leave: copy to staging places, event; when that has completed, they are put. A place is
    free again when its put is (`SENT`).
-3. A chunk comes in: signal, and in place its own copy has left the device; then copy from the slot,
-   kernels, event. When that has completed the chunk counts as `MIXED`, and its slot's credit may
+3. Chunks come in: signal, and in place their own copies have left the device; then copy from the
+   slots, kernels, event. When that has completed they count as `MIXED`, and their slots' credit may
    go. With a target event (rounds that were held) the stream waits for it first. Chunks come to
-   few places, which the stream's order gives free, but each has an event of its own, up to
-   `MOST_IN_FLIGHT`: or no round behind work that ends late could be enqueued before it has ended.
+   few places, which the stream's order gives free, but what is enqueued has events of its own, up
+   to `MOST_IN_FLIGHT`: or no round behind work that ends late could be enqueued before it has
+   ended.
 4. All are enqueued: the done event is recorded, and the round is `LAUNCHED`. A stream that waits
    for that event sees the whole target; no host has to.
 5. Distances and what was left out come to the host behind that, with an event of their own. Then
@@ -25,6 +26,11 @@ chunk is copied straight into those, and nothing is staged: that needs the slot'
 copy, the signal goes once the copy has completed, and says with `ON_DEVICE` where the chunk is. The
 copy's event is what orders the two; no fence is needed. Small rounds over a network, which go as
 one message, are staged all the same.
+
+Each call of the driver costs the driving thread some microseconds, and the thread that trains
+wants the driver too. So the calls are for a *run* of chunks: as many as have come and lie side by
+side in slots, places and target. Its kernels have a row of blocks for each chunk, which stays the
+unit of integrity. In a held round all has mostly come when it may mix.
 
 So the host waits until this rank's chunks have left, once the device has done what came before the
 post, and the partner's have come and are enqueued. Waits on the stream itself for either, on a word
@@ -62,16 +68,16 @@ TABLE = 0  # address of the device's table
 OUT = 1  # address of the pinned staging places that chunks are put from
 OUT_PLACES = 2
 OUT_PARAM = 3  # ucp_request_param_t of puts from there
-OUT_EVENTS = 4  # address of an event a place: its chunk has been copied
+OUT_EVENTS = 4  # address of (event, chunks that have left then) of runs, one for each place
 IN = 5  # device address of the places that chunks are copied to
 IN_PLACES = 6
-IN_EVENTS = 7  # address of events: a chunk has been mixed
+IN_EVENTS = 7  # address of (event, chunks that are mixed then) of runs
 RESULTS = 8  # device address of two words a chunk: squared distance, bits of what was not finite
 RESULTS_HERE = 9  # pinned host address where they come to
 ZEROS = 10  # pinned host address of as many zeros
 DONE_EVENT = 11  # the target is whole
 END_EVENT = 12  # the results are here
-IN_EVENTS_COUNT = 13  # one a chunk, as far as MOST_IN_FLIGHT goes
+IN_EVENTS_COUNT = 13  # one for each chunk, as far as MOST_IN_FLIGHT goes
 
 # --- of the round under way --------------------------------------------------------------------
 SOURCE_EVENT = 14  # what must complete before the source may be read; 0: nothing
@@ -86,8 +92,15 @@ SLOTS_HERE = 22  # device address of this rank's slots there; 0: nobody may put 
 WAYS = 23  # address of: where this process sees other ranks' slots on their devices, or 0
 WAY = 24  # the partner's of this round
 MODE = 25  # the capture mode of the thread that drives, meanwhile
-ARGUMENTS = 26  # of a kernel: five values, then their five addresses
-WORDS = 40
+OUT_RUNS = 26  # runs whose copy is enqueued
+OUT_SEEN = 27  # of those that have completed
+IN_RUNS = 28  # runs whose mix is enqueued
+IN_SEEN = 29  # of those that have completed
+ARGUMENTS = 30  # of a kernel: six values, then their six addresses
+WORDS = 42
+
+# --- where a chunk waits to be mixed ------------------------------------------------------------
+NOWHERE, IN_HOST, IN_DEVICE = 0, 1, 2
 
 # --- values of PHASE ---------------------------------------------------------------------------
 WAITING = 0  # for the source's event
@@ -95,11 +108,17 @@ MOVING = 1
 LAUNCHED = 2  # the done event is recorded
 ENDED = 3
 
-_VALUES = 5
+VALUES = 6
 
 MOST_IN_FLIGHT = 192
-"""Chunks of all rounds whose mixes may wait on the device: four calls each, and the driver's queue
+"""Runs of all rounds whose mixes may wait on the device: four calls each, and the driver's queue
 takes about a thousand before a call blocks, which would hold up every other round. Not tuned."""
+
+LONGEST_WAY = 1 << 22
+"""Bytes of a run that goes straight to another device: the first chunks can be mixed there while
+later ones are copied. Not tuned."""
+
+_MOST_ROWS = 65535
 
 
 @jit.njit
@@ -131,13 +150,23 @@ def _broken(mailbox: Any, status: int) -> int:
 
 
 @jit.njit
-def _nbytes_of(mailbox: Any, part: int) -> int:
-    return min(mailbox[w.CHUNK], mailbox[w.NBYTES] - part * mailbox[w.CHUNK])  # type: ignore[no-any-return]
+def _nbytes_of(mailbox: Any, part: int, count: int) -> int:
+    """Bytes of `count` chunks from `part` on."""
+    left = mailbox[w.NBYTES] - part * mailbox[w.CHUNK]
+    return min(count * mailbox[w.CHUNK], left)  # type: ignore[no-any-return]
 
 
 @jit.njit
-def _event(address: int, place: int) -> int:
-    return jit.view_words(address + 8 * place, 1)[0]  # type: ignore[no-any-return]
+def _run_event(address: int, number: int) -> Any:
+    """The event of run `number` of a ring, and how many chunks are through when it completes."""
+    return jit.view_words(address + 16 * number, 2)
+
+
+@jit.njit
+def _in_slot(mailbox: Any, part: int) -> int:
+    """How many chunks of the round, from `part` on, lie side by side in one slot."""
+    inside = place_of(mailbox, mailbox[w.ROUND], part) % mailbox[w.PER_SLOT]
+    return min(mailbox[w.PER_SLOT] - inside, mailbox[w.PARTS] - part)  # type: ignore[no-any-return]
 
 
 @jit.njit
@@ -162,48 +191,68 @@ def _begin(mailbox: Any, device: Any, table: Any) -> int:
 
 
 @jit.njit
-def _copy_out(engine: Any, mailbox: Any, device: Any, table: Any) -> int:
-    """Enqueue the copy of the next chunk to where it goes if that is free; 1 if it was."""
-    part = device[COPIED]
-    free = part - mailbox[w.SENT] < device[OUT_PLACES]
-    if mailbox[w.TO] < 0 or part == mailbox[w.PARTS] or not free:
+def _run_to_stage(mailbox: Any, device: Any, part: int) -> int:
+    """How many chunks from `part` on may be copied to staging places now.
+
+    Half of the places at a time, so that one half is copied to while the other is put from.
+    """
+    places = device[OUT_PLACES]
+    run = min(max(1, places // 2), places - part % places, mailbox[w.PARTS] - part)
+    return run if part + run - mailbox[w.SENT] <= places else 0
+
+
+@jit.njit
+def _run_by_way(engine: Any, mailbox: Any, device: Any, part: int) -> int:
+    """How many chunks from `part` on may be copied to the partner's slots on its device now."""
+    if device[OUT_RUNS] - device[OUT_SEEN] == device[OUT_PLACES]:
         return 0
-    place = part % device[OUT_PLACES]
-    to = device[OUT] + place * mailbox[w.CHUNK]
+    given = jit.view_words(mailbox[w.CREDITS], engine[w.RANKS])
+    opened = jit.load_acquire(given, mailbox[w.TO]) - position(mailbox, mailbox[w.ROUND], part)
+    run = min(max(1, LONGEST_WAY // mailbox[w.CHUNK]), _in_slot(mailbox, part))
+    return max(0, min(run, opened))  # type: ignore[no-any-return]
+
+
+@jit.njit
+def _copy_out(engine: Any, mailbox: Any, device: Any, table: Any) -> int:
+    """Enqueue the copy of the next chunks to where they go if that is free; 1 if it was."""
+    part = device[COPIED]
+    if mailbox[w.TO] < 0 or part == mailbox[w.PARTS]:
+        return 0
     if device[WAY] != 0:
-        number = mailbox[w.ROUND]
-        given = jit.view_words(mailbox[w.CREDITS], engine[w.RANKS])
-        if jit.load_acquire(given, mailbox[w.TO]) <= position(mailbox, number, part):
-            return 0
-        to = device[WAY] + place_offset(mailbox, place_of(mailbox, number, part))
-    status = t.copy(
-        table,
-        to,
-        device[SOURCE] + part * mailbox[w.CHUNK],
-        _nbytes_of(mailbox, part),
-        table[t.OUT],
-    )
+        run = _run_by_way(engine, mailbox, device, part)
+        place = place_of(mailbox, mailbox[w.ROUND], part)
+        to = device[WAY] + place_offset(mailbox, place)
+    else:
+        run = _run_to_stage(mailbox, device, part)
+        to = device[OUT] + part % device[OUT_PLACES] * mailbox[w.CHUNK]
+    if run == 0:
+        return 0
+    source = device[SOURCE] + part * mailbox[w.CHUNK]
+    status = t.copy(table, to, source, _nbytes_of(mailbox, part, run), table[t.OUT])
+    event = _run_event(device[OUT_EVENTS], device[OUT_RUNS] % device[OUT_PLACES])
     if status == 0:
-        status = t.record(table, _event(device[OUT_EVENTS], place), table[t.OUT])
+        status = t.record(table, event[0], table[t.OUT])
     if status != 0:
         return _broken(mailbox, status)
-    device[COPIED] = part + 1
+    device[COPIED] = event[1] = part + run
+    device[OUT_RUNS] += 1
     return 1
 
 
 @jit.njit
 def _see_left(mailbox: Any, device: Any, table: Any) -> int:
-    """Count the chunks that have come to their staging places; how many did."""
-    moved = 0
-    while device[LEFT] < device[COPIED]:
-        status = t.query(table, _event(device[OUT_EVENTS], device[LEFT] % device[OUT_PLACES]))
+    """Count the chunks that have come to their places; whether any did."""
+    before = device[OUT_SEEN]
+    while device[OUT_SEEN] < device[OUT_RUNS]:
+        event = _run_event(device[OUT_EVENTS], device[OUT_SEEN] % device[OUT_PLACES])
+        status = t.query(table, event[0])
         if status == t.NOT_READY:
             break
         if status != 0:
             return _broken(mailbox, status)
-        device[LEFT] += 1
-        moved += 1
-    return moved
+        device[LEFT] = event[1]
+        device[OUT_SEEN] += 1
+    return device[OUT_SEEN] - before  # type: ignore[no-any-return]
 
 
 @jit.njit
@@ -245,51 +294,57 @@ def _put(engine: Any, mailbox: Any, device: Any) -> int:
 
 
 @jit.njit
-def _launch(device: Any, table: Any, kernel: int, nbytes: int) -> int:
-    blocks = min(table[t.BLOCKS], (nbytes + 16 * table[t.THREADS] - 1) // (16 * table[t.THREADS]))
-    arguments = mailbox_arguments(device) + 8 * _VALUES
-    return t.launch(table, kernel, blocks, table[t.IN], arguments)
+def _launch(device: Any, table: Any, kernel: int, nbytes: int, rows: int) -> int:
+    """Enqueue a kernel of `rows` rows of blocks, each for `nbytes` at most."""
+    useful = (nbytes + 16 * table[t.THREADS] - 1) // (16 * table[t.THREADS])
+    blocks = min(max(1, table[t.BLOCKS] // rows), useful)
+    arguments = mailbox_arguments(device) + 8 * VALUES
+    return t.launch(table, kernel, blocks, rows, table[t.IN], arguments)
 
 
 @jit.njit
 def mailbox_arguments(device: Any) -> int:
     """Address of the values that kernels get; their addresses follow them."""
-    return device[ARGUMENTS + _VALUES]  # type: ignore[no-any-return]
+    return device[ARGUMENTS + VALUES]  # type: ignore[no-any-return]
 
 
 @jit.njit
-def _mix(mailbox: Any, floats: Any, device: Any, table: Any, part: int, source: int) -> int:
-    """Enqueue the kernels that mix chunk `part`, which is at `source`; an error, or 0."""
-    nbytes = _nbytes_of(mailbox, part)
+def _mix(
+    mailbox: Any, floats: Any, device: Any, table: Any, part: int, run: int, source: int
+) -> int:
+    """Enqueue the kernels that mix `run` chunks from `part` on, at `source`; an error, or 0."""
+    nbytes = _nbytes_of(mailbox, part, run)
     double = mailbox[w.OPERATION] == w.MIX_FLOAT64
     device[ARGUMENTS] = mailbox[w.TARGET] + part * mailbox[w.CHUNK]
     device[ARGUMENTS + 1] = source
     alpha = mailbox_arguments(device) + 16
     if double:
         jit.view_float64(alpha, 1)[0] = floats[w.ALPHA]
-        device[ARGUMENTS + 3] = nbytes // 8
     else:
         jit.view_float32(alpha, 1)[0] = np.float32(floats[w.ALPHA])
-        device[ARGUMENTS + 3] = nbytes // 4
+    size = 8 if double else 4
+    device[ARGUMENTS + 3] = nbytes // size
     device[ARGUMENTS + 4] = device[RESULTS] + 16 * part
+    device[ARGUMENTS + 5] = mailbox[w.CHUNK] // size
     first = t.KERNELS + (t.PER_KIND if double else 0)
-    if mailbox[w.WHOLE] == 0:
-        return _launch(device, table, table[first + t.MIX], nbytes)
-    status = _launch(device, table, table[first + t.GAUGE], nbytes)
+    if mailbox[w.WHOLE] == 0:  # what is left out is nothing, so that its chunks are one
+        return _launch(device, table, table[first + t.MIX], nbytes, 1)
+    each = min(nbytes, mailbox[w.CHUNK])
+    status = _launch(device, table, table[first + t.GAUGE], each, run)
     if status != 0:
         return status
-    return _launch(device, table, table[first + t.MIX_WHOLE], nbytes)
+    return _launch(device, table, table[first + t.MIX_WHOLE], each, run)
 
 
 @jit.njit
 def _take_in(
-    mailbox: Any, floats: Any, device: Any, table: Any, part: int, came: int, there: bool
+    mailbox: Any, floats: Any, device: Any, table: Any, part: int, run: int, came: int, there: bool
 ) -> int:
-    """Enqueue all that is done with chunk `part`, in its slot at `came`; an error, or 0.
+    """Enqueue all that is done with `run` chunks from `part` on, in slots from `came` on.
 
-    there: the slot is on the device.
+    there: the slots are on the device. An error, or 0.
     """
-    nbytes, place = _nbytes_of(mailbox, part), part % device[IN_PLACES]
+    nbytes, place = _nbytes_of(mailbox, part, run), part % device[IN_PLACES]
     if part == 0 and device[TARGET_EVENT] != 0:
         status = t.wait(table, table[t.IN], device[TARGET_EVENT])
         if status != 0:
@@ -298,72 +353,96 @@ def _take_in(
         target = mailbox[w.TARGET] + part * mailbox[w.CHUNK]
         status = t.copy(table, target, came, nbytes, table[t.IN])
     elif there:
-        status = _mix(mailbox, floats, device, table, part, came)
+        status = _mix(mailbox, floats, device, table, part, run, came)
     else:
         inside = device[IN] + place * mailbox[w.CHUNK]
         status = t.copy(table, inside, came, nbytes, table[t.IN])
         if status == 0:
-            status = _mix(mailbox, floats, device, table, part, inside)
+            status = _mix(mailbox, floats, device, table, part, run, inside)
     if status != 0:
         return status
-    event = _event(device[IN_EVENTS], part % device[IN_EVENTS_COUNT])
-    return t.record(table, event, table[t.IN])
+    event = _run_event(device[IN_EVENTS], device[IN_RUNS] % device[IN_EVENTS_COUNT])
+    device[ENQUEUED] = event[1] = part + run
+    device[IN_RUNS] += 1
+    return t.record(table, event[0], table[t.IN])
 
 
 @jit.njit
 def _in_flight(engine: Any) -> int:
-    """Chunks of all rounds whose mixes are enqueued and not seen to have completed."""
+    """Runs of all rounds whose mixes are enqueued and not seen to have completed."""
     found = 0
     for index in range(engine[w.MAILBOXES]):
         mailbox = mailbox_words(engine, index)
         if mailbox[w.DEVICE] != 0 and jit.load_acquire(mailbox, w.STATE) == w.ACTIVE:
             device = words_of(mailbox)
             if device[ROUND_TURN] == mailbox[w.TURN]:
-                found += device[ENQUEUED] - mailbox[w.MIXED]
+                found += device[IN_RUNS] - device[IN_SEEN]
     return found
 
 
 @jit.njit
+def _may_mix(engine: Any, mailbox: Any, device: Any, part: int) -> int:
+    """Where chunk `part` waits to be mixed, `IN_HOST` or `IN_DEVICE`; `NOWHERE` if it cannot be.
+
+    In place, its own copy must have left the device.
+    """
+    if mailbox[w.TO] >= 0 and device[LEFT] <= part and device[SOURCE] == mailbox[w.TARGET]:
+        return NOWHERE
+    number = mailbox[w.ROUND]
+    place, expected = place_of(mailbox, number, part), word_of(engine, mailbox, number, part)
+    found = jit.load_acquire(signal_words(mailbox), place)
+    if found == expected:
+        return IN_HOST
+    there = device[SLOTS_HERE] != 0 and found == expected | w.ON_DEVICE
+    return IN_DEVICE if there else NOWHERE
+
+
+@jit.njit
 def _take_next(engine: Any, mailbox: Any, floats: Any, device: Any, table: Any) -> int:
-    """Enqueue the mix of the next chunk if it has come and may be mixed; 1 if it was."""
+    """Enqueue the mix of the next chunks if they have come and may be mixed; 1 if it was."""
     part = device[ENQUEUED]
     if mailbox[w.FROM] < 0 or part == mailbox[w.PARTS]:
         return 0
     if jit.load_acquire(mailbox, w.HELD) != 0:
         return 0
-    if mailbox[w.TO] >= 0 and device[LEFT] <= part and device[SOURCE] == mailbox[w.TARGET]:
+    where = _may_mix(engine, mailbox, device, part)
+    if where == NOWHERE or _in_flight(engine) >= MOST_IN_FLIGHT:
         return 0
+    most = min(_in_slot(mailbox, part), _MOST_ROWS)
+    if where == IN_HOST:
+        most = min(most, device[IN_PLACES] - part % device[IN_PLACES])
     number = mailbox[w.ROUND]
-    place, expected = place_of(mailbox, number, part), word_of(engine, mailbox, number, part)
-    found = jit.load_acquire(signal_words(mailbox), place)
-    there = device[SLOTS_HERE] != 0 and found == expected | w.ON_DEVICE
-    if (found != expected and not there) or _in_flight(engine) >= MOST_IN_FLIGHT:
-        return 0
-    slots = device[SLOTS_HERE] if there else mailbox[w.SLOTS]
-    came = slots + place_offset(mailbox, place)
-    if not there and not intact(engine, mailbox, number, part, came, _nbytes_of(mailbox, part)):
+    slots = device[SLOTS_HERE] if where == IN_DEVICE else mailbox[w.SLOTS]
+    came = slots + place_offset(mailbox, place_of(mailbox, number, part))
+    run = 0
+    while run < most and (run == 0 or _may_mix(engine, mailbox, device, part + run) == where):
+        chunk, nbytes = came + run * mailbox[w.CHUNK], _nbytes_of(mailbox, part + run, 1)
+        if where == IN_HOST and not intact(engine, mailbox, number, part + run, chunk, nbytes):
+            break
+        run += 1
+    if run == 0:
+        mailbox[w.MIXED] = part  # the chunk that the error names
         return rounds.fail(mailbox, w.CORRUPT)
-    status = _take_in(mailbox, floats, device, table, part, came, there)
+    status = _take_in(mailbox, floats, device, table, part, run, came, where == IN_DEVICE)
     if status != 0:
         return _broken(mailbox, status)
-    device[ENQUEUED] = part + 1
     return 1
 
 
 @jit.njit
 def _see_mixed(mailbox: Any, device: Any, table: Any) -> int:
-    """Count the chunks that are mixed and out of their slots; how many became so."""
-    moved = 0
-    while mailbox[w.MIXED] < device[ENQUEUED]:
-        event = _event(device[IN_EVENTS], mailbox[w.MIXED] % device[IN_EVENTS_COUNT])
-        status = t.query(table, event)
+    """Count the chunks that are mixed and out of their slots; whether any became so."""
+    before = device[IN_SEEN]
+    while device[IN_SEEN] < device[IN_RUNS]:
+        event = _run_event(device[IN_EVENTS], device[IN_SEEN] % device[IN_EVENTS_COUNT])
+        status = t.query(table, event[0])
         if status == t.NOT_READY:
             break
         if status != 0:
             return _broken(mailbox, status)
-        mailbox[w.MIXED] += 1
-        moved += 1
-    return moved
+        mailbox[w.MIXED] = event[1]
+        device[IN_SEEN] += 1
+    return device[IN_SEEN] - before  # type: ignore[no-any-return]
 
 
 @jit.njit
@@ -485,6 +564,7 @@ def advance_at(address: int, index: int, turn: int) -> int:
         device[SOURCE] = mailbox[w.SOURCE]
         device[WAY] = _way(engine, mailbox, device)
         device[COPIED] = device[LEFT] = device[ENQUEUED] = 0
+        device[OUT_RUNS] = device[OUT_SEEN] = device[IN_RUNS] = device[IN_SEEN] = 0
         device[PHASE] = WAITING
         jit.store_release(device, ROUND_TURN, mailbox[w.TURN])
     if mailbox[w.FROM] >= 0:

@@ -19,6 +19,7 @@ import logging
 import mmap
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ucxgossip.device import Device, DeviceMemory
 from ucxgossip.engine import device_rounds as d
@@ -57,7 +58,7 @@ class Staging:
         self._slots = 0
         flying = min(d.MOST_IN_FLIGHT, layout.chunks)
         self._events = [device.event() for _ in range(places + flying + 4)]
-        out, came = np.array(self._events[:places]), np.array(self._events[places:-4])
+        out, came = _ring(self._events[:places]), _ring(self._events[places:-4])
         self._kept = (out, came)
         self._slots_there: DeviceMemory | None = None
         self._handle, self._forgotten = b"", False
@@ -80,8 +81,8 @@ class Staging:
         words[d.ZEROS] = self._results.ctypes.data + 16 * layout.chunks
         words[d.DONE_EVENT], words[d.END_EVENT] = self.done_event, end_event
         words[d.ROUND_TURN] = -1
-        for i in range(5):
-            words[d.ARGUMENTS + 5 + i] = words.ctypes.data + 8 * (d.ARGUMENTS + i)
+        for i in range(d.VALUES):
+            words[d.ARGUMENTS + d.VALUES + i] = words.ctypes.data + 8 * (d.ARGUMENTS + i)
         self.follow()
 
     def _pin(self, address: int, nbytes: int) -> bool:
@@ -250,6 +251,11 @@ class Staging:
             self.device.unpin(address)
         self._pinned.clear()
         self._slots = 0
+
+
+def _ring(events: list[int]) -> NDArray[np.int64]:
+    """Room for runs: an event, and how many chunks are through when it completes."""
+    return np.array([(event, 0) for event in events], np.int64)
 
 
 def _pages(nbytes: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
