@@ -14,7 +14,7 @@ import numpy as np
 import gpu_ranks
 import ucxgossip as ug
 from ucxgossip import errors
-from ucxgossip.mixing import Collective, DeviceArray, DeviceHeld, DeviceInPlace, Meter
+from ucxgossip.mixing import HELD_LANES, Collective, DeviceArray, DeviceHeld, DeviceInPlace, Meter
 
 AFTER = 40
 DEADLINE_S = 60.0
@@ -42,8 +42,10 @@ def rounds(group: ug.Group, losses: int, end: dict[str, object]) -> None:
         memory = device.allocate(values.nbytes)
         arrays.append(DeviceArray(device, memory, values.dtype, len(values)))
         arrays[-1].write(values)
-    kinds = (DeviceInPlace, DeviceHeld)
-    streams = [kind(group, each, schedule, meter) for kind, each in zip(kinds, arrays, strict=True)]
+    streams = [
+        DeviceInPlace(group, arrays[0], schedule, meter),
+        DeviceHeld(group, arrays[1], schedule, meter, lanes=HELD_LANES),
+    ]
     for stream in streams:
         stream.begin()
     collective = Collective(group)
@@ -78,7 +80,7 @@ def rounds(group: ug.Group, losses: int, end: dict[str, object]) -> None:
         mean=float(mean[0]),
         within=all(bool(((each >= 0) & (each <= group.size - 1)).all()) for each in found),
         flat=all(float(np.ptp(each)) < 1e-3 for each in found),
-        intact=all(stream.mailbox.intact() for stream in streams),
+        intact=all(box.intact() for stream in streams for box in stream.lanes.mailboxes),
     )
     check = getattr(device, "check", None)
     if check is not None:

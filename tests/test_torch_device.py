@@ -178,8 +178,9 @@ def test_slots_stay_allocated_where_a_rank_leaves_alone(
     assert found and not any(found)
 
 
+@pytest.mark.parametrize("combine", ["atc", "awc"])
 def test_ranks_need_not_all_have_a_device(
-    job: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+    job: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch, combine: str
 ) -> None:
     made: list[Any] = []
 
@@ -190,7 +191,7 @@ def test_ranks_need_not_all_have_a_device(
         return made[0]
 
     def body(group: ug.Group) -> np.ndarray:
-        weights = train(group, "both", "atc", "sgd", 4)
+        weights = train(group, "both", combine, "sgd", 4)
         boxes = group.engine.mailboxes
         assert {box.layout.chunk for box in boxes} == {group.tuning.device_chunk}
         with group.naming("another model"):
@@ -200,14 +201,15 @@ def test_ranks_need_not_all_have_a_device(
     monkeypatch.setattr(attach_module, "device_of", device_of)
     ends = job(2, body, "shm")
     for rank, weights in enumerate(ends):
-        expected = hook.reference(2, 4, "sgd", "both", "atc")[rank]
+        expected = hook.reference(2, 4, "sgd", "both", combine)[rank]
         np.testing.assert_allclose(weights, expected, rtol=1e-12, atol=1e-13)
     made[0].check()
 
 
+@pytest.mark.parametrize("combine", ["atc", "awc"])
 @pytest.mark.parametrize("with_state", [False, True])
 def test_a_model_of_which_some_copies_are_on_devices_is_attached_again(
-    job: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch, with_state: bool
+    job: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch, with_state: bool, combine: str
 ) -> None:
     """Those on the CPU give no mailboxes back that the others keep."""
     here = threading.local()
@@ -218,11 +220,11 @@ def test_a_model_of_which_some_copies_are_on_devices_is_attached_again(
     def body(group: ug.Group) -> list[np.ndarray]:
         here.device = group.rank == 0
         more = {"optimizer_state": with_state}
-        return [train(group, "both", "atc", "sgd", 4, **more) for _ in range(3)]
+        return [train(group, "both", combine, "sgd", 4, **more) for _ in range(3)]
 
     for rank, ends in enumerate(job(2, body)):
         if not with_state:
-            expected = hook.reference(2, 4, "sgd", "both", "atc")[rank]
+            expected = hook.reference(2, 4, "sgd", "both", combine)[rank]
             np.testing.assert_allclose(ends[0], expected, rtol=1e-12, atol=1e-13)
         for weights in ends[1:]:
             np.testing.assert_array_equal(weights, ends[0])
@@ -261,6 +263,43 @@ def test_the_host_does_not_wait_for_the_mixes(
         return joined == [(fake.HOST, True)] * 3
 
     assert job(2, body) == [True, True]
+
+
+@pytest.mark.parametrize("transport", ["tcp", "shm"])
+def test_a_step_of_awc_is_posted_while_the_last_mixes_wait(
+    job: Callable[..., list[Any]], devices: list[Any], transport: str
+) -> None:
+    """The device is still busy with backward, behind which the mixes come: the host goes on."""
+
+    def body(group: ug.Group) -> list[tuple[bool, ...]]:
+        model = hook.small_model(group.rank)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with ug.attach(model, optimizer, group, "weights", "awc", bucket_bytes=200) as gossip:
+            streams: list[Any] = [bucket.weights_stream for bucket in gossip._buckets]
+            device, found = streams[0].array.device, []
+            settle, wait = gossip._exchange.settle, device.wait
+
+            def settling() -> None:
+                device.stalled = {fake.IN}  # the mixes come behind something that has not ended
+                device.wait = lambda *_: None  # what torch's stream does waits for them, not torch
+                settle()
+
+            gossip._exchange.settle = settling
+            for step in range(4):
+                before = [stream.mailbox for stream in streams]
+                optimizer.zero_grad()
+                x, y = hook.batch(group.rank, step)
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+                found.append(tuple(group.engine.active(each) for each in before))
+                assert all(stream.mailbox not in before for stream in streams)
+                device.stalled, device.wait = set(), wait
+                for stream, box in zip(streams, before, strict=True):
+                    stream.stagings[box.index].join_stream()
+        return found
+
+    for found in job(2, body, transport):
+        assert len(found) == 4 and all(map(all, found)) and len(found[0]) > 1
 
 
 @pytest.mark.parametrize("combine", ["atc", "awc"])

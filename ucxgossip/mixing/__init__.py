@@ -6,7 +6,7 @@ counts.
 """
 
 from ucxgossip.mixing.collective import Collective
-from ucxgossip.mixing.device import DeviceArray, DeviceHeld, DeviceInPlace
+from ucxgossip.mixing.device import HELD_LANES, DeviceArray, DeviceHeld, DeviceInPlace
 from ucxgossip.mixing.direct import serve
 from ucxgossip.mixing.meter import Meter
 from ucxgossip.mixing.modes import (
@@ -23,6 +23,7 @@ from ucxgossip.mixing.stream import Held, InPlace, Stale, Stream
 
 __all__ = [
     "COMBINES",
+    "HELD_LANES",
     "MIXES",
     "Collective",
     "DeviceArray",

@@ -4,7 +4,11 @@
 completed. `wait` returns when this rank's values have left, the partner's have come and their mixes
 are enqueued, and lets the computing stream wait for those. So the host waits for the partner, and
 for the device to have done what came before the post; and a round ends in the books (its distance,
-what was left out) when the next one is posted.
+what was left out) when a later one is posted.
+
+Held rounds mix behind a backward whose end the host does not see, so the next one goes by another
+mailbox (`HELD_LANES`): with one the host would wait in `post` until backward has ended on the
+device, and what it hands out next would find the device idle but for the optimizer's step.
 
 Between devices of one host the chunks go straight (`direct`), opened by `begin`.
 
@@ -25,12 +29,18 @@ from numpy.typing import NDArray
 
 from ucxgossip.buffer import Buffer
 from ucxgossip.device import Device, DeviceMemory
+from ucxgossip.engine.staging import Staging
 from ucxgossip.group import Group
+from ucxgossip.mailbox import Mailbox
 from ucxgossip.mixing.collective import Collective
 from ucxgossip.mixing.direct import open_ways, serve
+from ucxgossip.mixing.lanes import Lanes
 from ucxgossip.mixing.meter import Meter
 from ucxgossip.mixing.stream import State
 from ucxgossip.schedule import Schedule
+
+HELD_LANES = 2
+"""Mailboxes of a held stream of which any rank's array is on a device."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,10 @@ class DeviceArray:
 
 
 class DeviceInPlace:
-    """`InPlace` for an array on a device."""
+    """`InPlace` for an array on a device.
+
+    lanes: how many mailboxes the rounds take in turn: so many may have mixes under way.
+    """
 
     held = False
 
@@ -72,28 +85,39 @@ class DeviceInPlace:
         meter: Meter,
         position: int = 0,
         what: str = "values",
+        lanes: int = 1,
     ) -> None:
         self.what = what
         self.group, self.array, self.schedule, self.meter = group, array, schedule, meter
         self.buffer = array.buffer
         serve(group)
-        self.mailbox = group.mailbox(self.buffer.nbytes)
-        self.staging = group.engine.equip(self.mailbox, array.device)
+        self.lanes = Lanes.sharing(group, self.buffer.nbytes, lanes)
+        self.stagings = {
+            mailbox.index: group.engine.equip(mailbox, array.device)
+            for mailbox in self.lanes.mailboxes
+        }
+        self.mailbox = self.lanes.at(position)  # of the last round
         self.position = position
         self.distance = 0.0
-        self.open = False
-        self._running = self._begun = False
-        self._joined: set[int] = set()
+        self.open = self._begun = False
+        self._running: set[int] = set()  # mailboxes whose rounds are not in the books
+        self._joined: set[int] = set()  # streams that wait for the last round's mixes
+
+    @property
+    def staging(self) -> Staging:
+        """The device side of the last round's mailbox."""
+        return self.stagings[self.mailbox.index]
 
     @property
     def ways(self) -> set[int]:
         """The ranks into whose devices chunks are copied straight."""
-        return set(self.staging.ways)
+        return set.intersection(*(set(staging.ways) for staging in self.stagings.values()))
 
     def begin(self) -> None:
         """Open the ways to devices of this host, once; the first round follows the first step."""
         if not self._begun and self.group.size > 1:
-            open_ways(self.group, self.staging)
+            for staging in self.stagings.values():
+                open_ways(self.group, staging)
         self._begun = True
 
     def post(self) -> None:
@@ -102,7 +126,11 @@ class DeviceInPlace:
         No stream may touch the array until it has been through `wait`.
         """
         if self.group.size > 1:
-            self._end()
+            mailbox = self.lanes.at(self.position)
+            for each in self.lanes.oldest_first(self.position):
+                if each is mailbox or not self.group.engine.active(each):
+                    self._end(each)
+            self.mailbox = mailbox
             self.staging.ready()
             posted = self.group.post_step(
                 self.mailbox,
@@ -110,22 +138,25 @@ class DeviceInPlace:
                 self.buffer,
                 self.schedule,
                 self.position,
+                stride=len(self.lanes),
                 held=self.held,
                 whole=self.meter.quarantine.whole,
             )
             if posted:
                 self.meter.posted(self.group, self.mailbox)
             self._joined.clear()
-            self.open = self._running = True
+            self._running.add(self.mailbox.index)
+            self.open = True
         self.position += 1
 
-    def _end(self) -> None:
-        """Wait until the device has done its part of the last round, and count it."""
-        if self._running:
+    def _end(self, mailbox: Mailbox) -> None:
+        """Wait until the device has done its part of the mailbox's round, and count it."""
+        if mailbox.index in self._running:
             try:
-                self.distance = self.meter.wait(self.group, self.mailbox, self.what) or 0.0
+                self.distance = self.meter.wait(self.group, mailbox, self.what) or 0.0
             finally:
-                self._running = self.group.engine.active(self.mailbox)
+                if not self.group.engine.active(mailbox):
+                    self._running.remove(mailbox.index)
 
     def _join(self) -> None:
         """Wait until all of the round is enqueued, and let the current stream wait for that.
@@ -139,7 +170,7 @@ class DeviceInPlace:
             if not whole:
                 return  # broken off: the device has settled
             self._joined.add(self.staging.join_stream())
-        elif self._running and self._joined:
+        elif self.mailbox.index in self._running and self._joined:
             stream = self.array.device.current_stream()
             if stream not in self._joined:
                 self._joined.add(self.staging.join_stream())
@@ -153,9 +184,10 @@ class DeviceInPlace:
         self._join()
 
     def finish(self) -> None:
-        """End the round under way; returns once the device is done with it."""
+        """End the rounds under way; returns once the device is done with them."""
         self.settle()
-        self._end()
+        for mailbox in self.lanes.oldest_first(self.position):
+            self._end(mailbox)
 
     def average(self, collective: Collective) -> None:
         """Finish, and replace the array by its mean over all ranks, on the host. Collective."""
@@ -172,20 +204,20 @@ class DeviceInPlace:
     def load(self, state: Mapping[str, Any]) -> None:
         """Take the next round from where `state` was."""
         self.finish()
-        self.group.restart(self.mailbox)
+        self.lanes.restart()
         self.position = int(state["position"])
 
     def place(self) -> State:
-        """The next step, and as which round of the mailbox it goes."""
-        return {"position": self.position, "round": self.mailbox.round}
+        """The next step, and as which round of its mailbox each step goes."""
+        return self.lanes.place(self.position)
 
     def enter(self, place: State, position: int) -> None:
         """Go on from `position`."""
-        self.mailbox.round = int(place["round"]) + position - int(place["position"])
+        self.lanes.enter(place, position)
         self.position = position
 
     def give_back(self) -> None:
-        """Nothing: the mailbox has staging of its device."""
+        """Nothing: the mailboxes have staging of their device."""
 
 
 class DeviceHeld(DeviceInPlace):
@@ -217,6 +249,6 @@ class DeviceHeld(DeviceInPlace):
         loaded = self.array.read()
         self.finish()
         self.array.write(loaded)
-        self.group.restart(self.mailbox)
+        self.lanes.restart()
         self.position = int(state["position"])
         self.post()

@@ -29,6 +29,7 @@ from ucxgossip.errors import NonFiniteError
 from ucxgossip.group import Group
 from ucxgossip.mailbox import Mailbox
 from ucxgossip.mixing.collective import Collective
+from ucxgossip.mixing.lanes import Lanes
 from ucxgossip.mixing.meter import Meter
 from ucxgossip.schedule import Schedule
 
@@ -94,7 +95,10 @@ def array_of(buffer: Buffer) -> NDArray[Any]:
 
 
 class InPlace:
-    """Rounds that put the array from where it is and mix into it as soon as the partner's comes."""
+    """Rounds that put the array from where it is and mix into it as soon as the partner's comes.
+
+    lanes: how many mailboxes they take in turn; partners have as many (`DeviceHeld`).
+    """
 
     held = False
 
@@ -106,11 +110,13 @@ class InPlace:
         meter: Meter,
         position: int = 0,
         what: str = "values",
+        lanes: int = 1,
     ) -> None:
         self.what = what
         self.group, self.buffer, self.schedule, self.meter = group, buffer, schedule, meter
         self.array = array_of(buffer)
-        self.mailbox = group.mailbox(buffer.nbytes)
+        self.lanes = Lanes.sharing(group, buffer.nbytes, lanes)
+        self.mailbox = self.lanes.at(position)  # of the last round
         self.position = position
         self.open = False
         self.distance = 0.0
@@ -121,12 +127,14 @@ class InPlace:
     def post(self) -> None:
         """Start a round; the array may not be touched until `wait`."""
         if self.group.size > 1:
+            self.mailbox = self.lanes.at(self.position)
             posted = self.group.post_step(
                 self.mailbox,
                 self.buffer,
                 self.buffer,
                 self.schedule,
                 self.position,
+                stride=len(self.lanes),
                 held=self.held,
                 whole=self.meter.quarantine.whole,
             )
@@ -165,21 +173,21 @@ class InPlace:
     def load(self, state: Mapping[str, Any]) -> None:
         """Take the next round from where `state` was."""
         self.wait()
-        self.group.restart(self.mailbox)
+        self.lanes.restart()
         self.position = int(state["position"])
 
     def place(self) -> State:
-        """The next step, and as which round of the mailbox it goes."""
-        return {"position": self.position, "round": self.mailbox.round}
+        """The next step, and as which round of its mailbox each step goes."""
+        return self.lanes.place(self.position)
 
     def enter(self, place: State, position: int) -> None:
         """Go on from `position`."""
-        self.mailbox.round = int(place["round"]) + position - int(place["position"])
+        self.lanes.enter(place, position)
         self.position = position
 
     def give_back(self) -> None:
-        """The mailbox; the array is its owner's."""
-        self.group.give_back(self.mailbox)
+        """The mailboxes; the array is its owner's."""
+        self.lanes.give_back()
 
 
 class Held(InPlace):
@@ -212,7 +220,7 @@ class Held(InPlace):
         loaded = self.array.copy()
         self.settle()
         self.array[:] = loaded
-        self.group.restart(self.mailbox)
+        self.lanes.restart()
         self.position = int(state["position"])
         self.post()
 
@@ -268,6 +276,7 @@ class Stale:
             )
             for _ in range(lateness)
         ]
+        self._boxes = Lanes(group, [lane.mailbox for lane in self.lanes])
 
     def begin(self) -> None:
         """Nothing: the first round follows the first step."""
@@ -359,7 +368,7 @@ class Stale:
         for lane in self.lanes:
             self._end(lane)
             lane.pending = False
-            self.group.restart(lane.mailbox)
+        self._boxes.restart()
         self.position = int(state["position"])
         for number, correction in state["pending"]:
             lane = self.lanes[number % len(self.lanes)]
@@ -368,23 +377,17 @@ class Stale:
 
     def place(self) -> State:
         """The next step, and as which round of its lane's mailbox each step goes."""
-        return {"position": self.position, "rounds": [lane.mailbox.round for lane in self.lanes]}
-
-    def _firsts(self, position: int) -> list[int]:
-        """By lane, its first step from `position` on."""
-        count = len(self.lanes)
-        return [position + (index - position) % count for index in range(count)]
+        return self._boxes.place(self.position)
 
     def enter(self, place: State, position: int) -> None:
         """Go on from `position`."""
-        then, now = self._firsts(int(place["position"])), self._firsts(position)
-        for lane, old, new, number in zip(self.lanes, then, now, place["rounds"], strict=True):
-            lane.mailbox.round = int(number) + (new - old) // len(self.lanes)
+        self._boxes.enter(place, position)
+        for lane in self.lanes:
             lane.pending = lane.flying = False
         self.position = position
 
     def give_back(self) -> None:
         """Mailboxes and snapshots."""
+        self._boxes.give_back()
         for lane in self.lanes:
-            self.group.give_back(lane.mailbox)
             self.group.free(lane.snapshot)

@@ -14,6 +14,7 @@ from ucxgossip.device import Device
 from ucxgossip.errors import MismatchError
 from ucxgossip.group import Group
 from ucxgossip.mixing import (
+    HELD_LANES,
     Collective,
     DeviceHeld,
     DeviceInPlace,
@@ -35,7 +36,11 @@ from ucxgossip.torch_hook.state import ModelBuffers, OptimizerState
 
 
 class Exchange:
-    """Weights, gradients, the optimizer's state and the model's buffers, as `modes` says."""
+    """Weights, gradients, the optimizer's state and the model's buffers, as `modes` says.
+
+    device: what this rank's copy of the model is on, None for the CPU. devices: whether any rank's
+    copy is on one.
+    """
 
     def __init__(
         self,
@@ -47,8 +52,10 @@ class Exchange:
         runs: Sequence[Sequence[torch.nn.Parameter]],
         label: str = "model",
         device: Device | None = None,
+        devices: bool = False,
     ) -> None:
         self.model, self.group, self.modes, self.schedule = model, group, modes, schedule
+        self._held_lanes = HELD_LANES if devices else 1
         self.meter = Meter(quarantine=Quarantine(modes.nonfinite))
         serve(group)
         self.collective = Collective(group, self.meter.quarantine)
@@ -84,9 +91,10 @@ class Exchange:
         common = (self.group, bucket.weights.buffer, self.schedule, self.meter)
         first = weights_shift(self.schedule) if modes.gradients_travel else 0
         place = bucket.weights.on_device
+        lanes = self._held_lanes if modes.combine == "awc" else 1
         if place is not None:
             on_device = DeviceHeld if modes.combine == "awc" else DeviceInPlace
-            return on_device(self.group, place, self.schedule, self.meter, first, "weights")
+            return on_device(self.group, place, self.schedule, self.meter, first, "weights", lanes)
         if modes.mix == "push_sum":
             return PushSum(*common, self.collective)
         if modes.outer is not None:
@@ -94,7 +102,7 @@ class Exchange:
         if modes.staleness:
             return Stale(*common, modes.staleness, first, what="weights")
         make = Held if modes.combine == "awc" else InPlace
-        return make(*common, first, what="weights")
+        return make(*common, first, "weights", lanes)
 
     def arrange(self, order: Sequence[Bucket]) -> None:
         """Send weights in this order of buckets from now on."""

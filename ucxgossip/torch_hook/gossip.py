@@ -69,7 +69,10 @@ class Gossip:
         self._epochs: list[int] = []
         self._devices = group.suit_devices(label, device is not None)
         with group.naming(label):
-            self._exchange = Exchange(model, optimizer, group, modes, schedule, runs, label, device)
+            self._exchange = Exchange(
+                *(model, optimizer, group, modes, schedule, runs, label),
+                *(device, self._devices),
+            )
         self._buckets = self._exchange.buckets
         # Two ranks average exactly; there is no noise left that an all-reduce would not have.
         corrects = modes.noise_correction and group.size > 2
