@@ -1,11 +1,13 @@
 """`ucxgossip bench kernels`: the mixing kernels beside what memory can do, and beside torch.
 
-Everything runs in turn, so that what changes the machine's speed changes all of a repeat's
-figures; the ratios are taken repeat by repeat. Each backend's result is checked before it is timed.
+Everything runs in turn, in another order each time, so that what changes the machine's speed
+changes all of a repeat's figures; the ratios are taken repeat by repeat. Each backend's result is
+checked before it is timed.
 """
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -142,8 +144,8 @@ def measure(
         once = min(timed(entrant.call, 1) for _ in range(2))
         counts[entrant.name] = calls or max(1, int(_CALLS_S / max(once, 1e-9)))
     found: dict[str, list[float]] = {entrant.name: [] for entrant in entrants}
-    for _ in range(repeats):
-        for entrant in entrants:
+    for repeat in range(repeats):
+        for entrant in random.Random(repeat).sample(list(entrants), len(entrants)):
             count = counts[entrant.name]
             entrant.call()  # what the one before it left in the caches is no part of the figure
             found[entrant.name].append(timed(entrant.call, count) / count)

@@ -16,9 +16,11 @@ from hypothesis import settings
 
 import forked
 import ucxgossip as ug
+from device_pair import DevicePair
 from engine_pair import Pair, make_pair
 from ucxgossip import trust
 from ucxgossip.bench import kills, spawn
+from ucxgossip.engine import staging
 from ucxgossip.engine import words as w
 
 DEADLINE = 60.0
@@ -186,3 +188,32 @@ def pair(transport: str, request: pytest.FixtureRequest) -> Iterator[Pair]:
         assert engine.words[w.MALFORMED] == 0
         engine.close()
         engine.context.close()
+
+
+@pytest.fixture
+def make(transport: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., DevicePair]]:
+    """Two engines whose rounds are of memory on a fake device (`device_pair`).
+
+    As few staging places as with large chunks, so that rounds must wait for them.
+    """
+    monkeypatch.setattr(staging, "STAGED", 0)
+    made: list[DevicePair] = []
+
+    def build(
+        nbytes: int, depth: int = 2, on: tuple[int, ...] = (0, 1), pace: int = 1, **more: Any
+    ) -> DevicePair:
+        seed, direct = more.pop("seed", 0), more.pop("direct", False)
+        pair = make_pair(transport, nbytes, depth, **more)
+        made.append(DevicePair(pair, on, pace, seed, direct))
+        return made[-1]
+
+    yield build
+    for each in made:
+        each.device.check()
+        for box in each.pair.boxes:
+            assert box.intact(), "a guard byte of a mailbox was overwritten"
+        for engine in each.pair.engines:
+            engine.close()
+            engine.context.close()
+        assert each.device.idle()
+        assert not each.device.pinned and not each.device.live and not each.device.mapped

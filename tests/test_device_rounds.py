@@ -4,10 +4,7 @@ Two engines in one process, driven in turns by the test. What a GPU alone can sh
 and kernels are ordered by streams as the fake's are) is left to the tests marked `gpu`.
 """
 
-import os
-import threading
-from collections.abc import Callable, Iterator
-from copy import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,136 +12,15 @@ import pytest
 
 import engine_pair as engines
 import fake_device as fake
+from device_pair import CHUNK, DevicePair, mean, values_of
 from ucxgossip.device import table as t
 from ucxgossip.engine import device_rounds as d
-from ucxgossip.engine import drive
 from ucxgossip.engine import staging as staging_module
 from ucxgossip.engine import words as w
 from ucxgossip.engine.staging import PLACES
 from ucxgossip.errors import DeviceError
 
-CHUNK = engines.TUNING.chunk
 OUT, IN, HOST = fake.OUT, fake.IN, fake.HOST
-
-
-@pytest.fixture(autouse=True)
-def few_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As few staging places as with large chunks, so that rounds must wait for them."""
-    monkeypatch.setattr(staging_module, "STAGED", 0)
-
-
-class DevicePair:
-    """The two ranks of `engine_pair.Pair`; those in `on` exchange memory of a fake device."""
-
-    def __init__(
-        self, pair: Any, on: tuple[int, ...], pace: int, seed: int = 0, direct: bool = False
-    ) -> None:
-        self.pair, self.on = pair, on
-        self.device = fake.FakeDevice(seed, pace)
-        self.stagings = {
-            rank: pair.engines[rank].equip(pair.boxes[rank], self.device) for rank in on
-        }
-
-        if direct:
-            for rank in on:
-                assert self.stagings[rank].expose()
-            for rank in on:
-                for other in on:
-                    if other != rank:
-                        way = self.stagings[other]._slots_there.address
-                        self.stagings[rank].take_way(
-                            other, self.device.map(f"{os.getpid()} {way}".encode())
-                        )
-
-    def another(self, nbytes: int) -> "DevicePair":
-        """One mailbox more for each of the same engines, on the same device."""
-        layout = engines.Layout(nbytes, 2, CHUNK)
-        boxes = [engines.Mailbox(engine.context, layout) for engine in self.pair.engines]
-        for engine, box in zip(self.pair.engines, boxes, strict=True):
-            engine.open(box)
-        for rank, engine in enumerate(self.pair.engines):
-            address, packed = engines.parse_description(
-                boxes[1 - rank].describe(), layout, 1 - rank
-            )
-            key = engines.RemoteKey(engine.endpoints[1 - rank], packed)
-            boxes[rank].set_peer(1 - rank, key, address)
-        found = copy(self)
-        found.pair = engines.Pair(self.pair.engines, boxes)
-        found.stagings = {r: self.pair.engines[r].equip(boxes[r], self.device) for r in self.on}
-        return found
-
-    def memory(self, values: np.ndarray) -> Any:
-        """`values` on the device; the array views it."""
-        memory = self.device.allocate(values.nbytes)
-        memory.view(values.dtype, len(values))[:] = values
-        return memory
-
-    def post(self, rank: int, memory: Any, dtype: Any = np.float32, **changes: Any) -> None:
-        """A round in place on `memory`, whose source event is recorded now."""
-        if rank in self.on:
-            self.stagings[rank].ready()
-        other = 1 - rank
-        what = {
-            **{"source": memory.address, "target": memory.address, "nbytes": memory.nbytes},
-            **{"to": other, "sender": other, "next_writer": other, "whole": 1},
-            "operation": w.MIX_FLOAT64 if dtype == np.float64 else w.MIX_FLOAT32,
-        }
-        post = engines.Post(**{**what, **changes})
-        self.pair.engines[rank].post(self.pair.boxes[rank], post)
-
-    def word(self, rank: int, index: int) -> int:
-        return int(self.stagings[rank].words[index])
-
-    def step(self, rank: int, passes: int = 30) -> None:
-        """Let one rank drive; with pace 0 the device stands still."""
-        for _ in range(passes):
-            drive.drive_once(self.pair.engines[rank].words)
-
-    def tick_out(self, *streams: int) -> None:
-        """Let everything happen that these streams hold."""
-        while self.device.tick(*streams):
-            pass
-
-    def launched(self, rank: int) -> bool:
-        return self.word(rank, d.PHASE) >= d.LAUNCHED
-
-
-@pytest.fixture(params=["tcp", "shm"])
-def transport(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def make(transport: str) -> Iterator[Callable[..., DevicePair]]:
-    made: list[DevicePair] = []
-
-    def build(
-        nbytes: int, depth: int = 2, on: tuple[int, ...] = (0, 1), pace: int = 1, **more: Any
-    ) -> DevicePair:
-        seed, direct = more.pop("seed", 0), more.pop("direct", False)
-        pair = engines.make_pair(transport, nbytes, depth, **more)
-        made.append(DevicePair(pair, on, pace, seed, direct))
-        return made[-1]
-
-    yield build
-    for each in made:
-        each.device.check()
-        for box in each.pair.boxes:
-            assert box.intact(), "a guard byte of a mailbox was overwritten"
-        for engine in each.pair.engines:
-            engine.close()
-            engine.context.close()
-        assert each.device.idle()
-        assert not each.device.pinned and not each.device.live and not each.device.mapped
-
-
-def values_of(count: int, seed: int, dtype: Any = np.float32) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [rng.standard_normal(count).astype(dtype) for _ in range(2)]
-
-
-def mean(mine: np.ndarray, other: np.ndarray, alpha: float = 0.5) -> np.ndarray:
-    return mine + mine.dtype.type(alpha) * (other - mine)
 
 
 # --- values ------------------------------------------------------------------------------------
@@ -546,138 +422,6 @@ def test_launched_is_waited_for(make: Callable[..., DevicePair]) -> None:
     assert (error.rank, error.what) == (0, "to mix on fake:0 what has come")
     both.device.pace = 1
     assert engine.wait(box, engines.DEADLINE_S)
-
-
-# --- straight into the partner's slots on its device -------------------------------------------
-
-
-def test_chunks_go_straight_to_the_partners_device(make: Callable[..., DevicePair]) -> None:
-    """No host slot is written; a chunk is signalled once its copy has completed, and not before."""
-    values = values_of(3 * CHUNK // 4, 21)
-    both = make(values[0].nbytes, pace=0, direct=True)
-    memories = [both.memory(each) for each in values]
-    for rank in (0, 1):
-        both.post(rank, memories[rank])
-    both.tick_out(HOST)
-    both.pair.settle(0)
-    assert both.word(0, d.COPIED) == 3 and both.pair.word(0, w.PUT) == 0
-    both.device.tick(OUT)
-    both.pair.settle(0)
-    assert both.pair.word(0, w.PUT) == both.pair.word(1, w.PUT) == 0
-    both.device.pace = 1
-    both.pair.until(both.pair.ended)
-    for rank in (0, 1):
-        expected = mean(values[rank], values[1 - rank])
-        assert np.array_equal(memories[rank].view(np.float32, len(values[0])), expected)
-        assert not both.pair.boxes[rank].slot(0, np.uint8, values[0].nbytes).any()
-        assert both.stagings[rank].ways == [1 - rank]
-
-
-def test_direct_waits_for_the_credit_of_its_place(make: Callable[..., DevicePair]) -> None:
-    values = values_of(500, 23)
-    both = make(values[0].nbytes, depth=1, pace=1, direct=True)
-    memories = [both.memory(each) for each in values]
-    both.post(0, memories[0])  # rank 1 has not posted, and has given no credit
-    both.pair.settle(0)
-    assert both.word(0, d.PHASE) == d.MOVING and both.word(0, d.COPIED) == 0
-    both.post(1, memories[1])
-    both.pair.until(both.pair.ended)
-    assert np.array_equal(memories[0].view(np.float32, 500), mean(values[0], values[1]))
-
-
-def test_ways_end_with_a_change_of_members(make: Callable[..., DevicePair]) -> None:
-    values = values_of(500, 24)
-    both = make(values[0].nbytes, pace=1, direct=True)
-    memories = [both.memory(each) for each in values]
-    for rank in (0, 1):
-        both.post(rank, memories[rank])
-    both.pair.until(both.pair.ended)
-    assert both.device.mapped
-    for engine in both.pair.engines:
-        engine.renew(1, elsewhere=True)
-    for rank in (0, 1):
-        assert both.stagings[rank].ways == []
-        assert both.word(rank, d.SLOTS_HERE) == both.word(rank, d.WAYS) == 0
-    assert both.device.mapped == []
-    exported = both.device.exported
-    assert both.stagings[0].expose() == b"" and both.device.exported == exported
-    assert both.word(0, d.SLOTS_HERE) == 0
-
-
-def test_ways_are_left_once_all_has_gone_by_them(make: Callable[..., DevicePair]) -> None:
-    """Also of a round that is held for ever; what it sent can still be mixed."""
-    values = values_of(8 * CHUNK // 4, 27)
-    both = make(values[0].nbytes, direct=True)
-    memories = [both.memory(each) for each in values]
-    for rank in (0, 1):
-        both.post(rank, memories[rank], held=1)
-    engine = both.pair.engines[0]
-    assert not engine.leave_ways(0.0) and both.stagings[0].ways == [1]
-    both.pair.settle(0, 3)
-    assert both.pair.word(0, w.SENT) < 8
-    left = threading.Event()
-
-    def serve() -> None:  # a connection over TCP that is not through yet takes both
-        while not left.is_set():
-            both.pair.step(1)
-
-    partner = threading.Thread(target=serve)
-    partner.start()
-    try:
-        assert engine.leave_ways(engines.DEADLINE_S)
-    finally:
-        left.set()
-        partner.join(engines.DEADLINE_S)
-    assert both.pair.word(0, w.SENT) == 8 and both.stagings[0].ways == []
-    both.stagings[1].unheld()
-    both.pair.engines[1].unhold(both.pair.boxes[1])
-    both.pair.until(lambda: both.pair.ended(1))
-    assert np.array_equal(memories[1].view(np.float32, len(values[1])), mean(values[1], values[0]))
-
-
-def test_ways_are_tried_before_they_are_taken(make: Callable[..., DevicePair]) -> None:
-    both = make(4096, pace=1)
-    here, there = both.stagings[0], both.stagings[1]
-    token = bytes(range(16))
-    assert not there.seen(0, token)
-    handle = there.expose()
-    assert handle == there.expose() and both.device.exported == 1
-    address = here.try_way(1, 0, handle, token)
-    assert there.seen(0, token) and not there.seen(1, token) and not there.seen(5, token)
-    here.take_way(1, address)
-    assert here.ways == [1]
-    assert here.try_way(1, 0, b"1 5", token) == 0  # of another process
-
-
-def test_a_way_on_which_the_driver_fails_is_none(
-    make: Callable[..., DevicePair], monkeypatch: pytest.MonkeyPatch, caplog: Any
-) -> None:
-    """Peers that it maps and cannot connect, or does not map: the log has its error."""
-    caplog.set_level("INFO", "ucxgossip")
-    both = make(4096)
-    handle = both.stagings[1].expose()
-
-    def fail(*_: object) -> None:
-        raise DeviceError("cuMemcpyAsync", 217, "CUDA_ERROR_PEER_ACCESS_UNSUPPORTED")
-
-    monkeypatch.setattr(both.device, "write", fail)
-    assert both.stagings[0].try_way(1, 0, handle, bytes(16)) == 0
-    assert both.device.mapped == []
-    said = "rank 0: no way to rank 1's device: {}: CUDA_ERROR_PEER_ACCESS_UNSUPPORTED (217)"
-    assert said.format("cuMemcpyAsync") in caplog.text
-    monkeypatch.setattr(both.device, "map", lambda _: fail(0))
-    assert both.stagings[0].try_way(1, 0, handle, bytes(16)) == 0
-    assert len(caplog.messages) == 2 and caplog.messages[0] == caplog.messages[1]
-
-
-def test_no_ways_where_checksums_travel_or_nothing_is_exported(
-    make: Callable[..., DevicePair],
-) -> None:
-    assert make(4096, verify=True).stagings[0].expose() == b""
-    both = make(4096)
-    both.device.exports = False
-    assert both.stagings[0].expose() == b""
-    assert both.word(0, d.SLOTS_HERE) == 0
 
 
 # --- what goes wrong ---------------------------------------------------------------------------

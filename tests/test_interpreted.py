@@ -9,7 +9,9 @@ import pytest
 
 
 @pytest.mark.spawn
-@pytest.mark.parametrize("names", ["test_engine test_rounds test_messages", "test_device_rounds"])
+@pytest.mark.parametrize(
+    "names", ["test_engine test_rounds test_messages", "test_device_rounds test_device_ways"]
+)
 def test_engine_interpreted(names: str) -> None:
     folder = Path(__file__).parent
     done = subprocess.run(

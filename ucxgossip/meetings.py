@@ -23,7 +23,7 @@ from ucxgossip.errors import (
 )
 from ucxgossip.guests import Guests
 from ucxgossip.history import SPARE, plain
-from ucxgossip.mailbox import Mailbox, usual_depth
+from ucxgossip.mailbox import Layout, Mailbox, usual_depth
 from ucxgossip.members import Warden
 from ucxgossip.membership import Setup, log, nothing
 from ucxgossip.rendezvous import first_difference
@@ -302,38 +302,48 @@ class Meetings(Guests):
             raise ArgumentError(f"mailbox: ring is {ring!r}; must be True or False")
         if isinstance(lanes, bool) or not isinstance(lanes, int) or lanes < 1:
             raise ArgumentError(f"mailbox: lanes is {lanes!r}; must be a whole number from 1")
-        chunk = self._chunks.get(self._naming, self.tuning.chunk)
-        usual, may_be_ring = depth is None, ring
-        if depth is None:
-            ring = ring and nbytes > self.tuning.ring * chunk > 0
-            slots = 2 if self.exact_credits else usual_depth(nbytes)
-            depth = self.tuning.ring if ring else max(1, slots // lanes)
-        layout = self._layout(nbytes, depth, ring, chunk)
+        layout = self._usual_layout(nbytes, depth, ring, lanes)
         name = self.label(self._naming)
         if self._look_up(lambda: name in self._unclaimed):
-            mailbox = self._unclaimed.pop(name)
-            known = mailbox.layout
-            # What is usual hangs on whether the hosts are one, which another launcher may not say.
-            same = (known.nbytes, known.chunk) == (nbytes, chunk)
-            as_theirs = usual and same and may_be_ring >= known.ring
-            if known != layout and not as_theirs:
-                raise MismatchError(
-                    f"{name}: rank {self.members[0]} has {known.nbytes} bytes in {known.depth} "
-                    f"slots and chunks of {known.chunk}, rank {self.rank} has {nbytes} in {depth} "
-                    f"and {chunk}"
-                )
-            return mailbox
+            return self._claim(name, layout, may_be_ring=ring, usual=depth is None)
         spare = self._take_spare(layout)
         mailbox = self._open(layout) if spare is None else spare
 
         def record() -> None:
             known = self._history.mailboxes
-            known[mailbox.index : mailbox.index + 1] = [(name, nbytes, depth, ring, chunk)]
+            row = (name, layout.nbytes, layout.depth, layout.ring, layout.chunk)
+            known[mailbox.index : mailbox.index + 1] = [row]
 
-        facts = {"bytes": nbytes, "depth": depth, "ring": ring, "chunk": chunk}
+        facts = {"bytes": nbytes, "depth": layout.depth, "ring": layout.ring, "chunk": layout.chunk}
         self._compare(f"mailbox {mailbox.index}", facts, record)
         if spare is not None:
             self.restart(mailbox)
+        return mailbox
+
+    def _usual_layout(self, nbytes: int, depth: int | None, ring: bool, lanes: int) -> Layout:
+        """The layout of a new mailbox, as `mailbox` says."""
+        chunk = self._chunks.get(self._naming, self.tuning.chunk)
+        if depth is None:
+            ring = ring and nbytes > self.tuning.ring * chunk > 0
+            slots = 2 if self.exact_credits else usual_depth(nbytes)
+            depth = self.tuning.ring if ring else max(1, slots // lanes)
+        return self._layout(nbytes, depth, ring, chunk)
+
+    def _claim(self, name: str, wanted: Layout, may_be_ring: bool, usual: bool) -> Mailbox:
+        """The mailbox of the others that a guest asks for by `name`.
+
+        usual: their slots may be others than `wanted`, since what is usual hangs on whether the
+        hosts are one, which another launcher may not say. `MismatchError` where more differs.
+        """
+        mailbox = self._unclaimed.pop(name)
+        known = mailbox.layout
+        same = (known.nbytes, known.chunk) == (wanted.nbytes, wanted.chunk)
+        if known != wanted and not (usual and same and may_be_ring >= known.ring):
+            raise MismatchError(
+                f"{name}: rank {self.members[0]} has {known.nbytes} bytes in {known.depth} slots "
+                f"and chunks of {known.chunk}, rank {self.rank} has {wanted.nbytes} in "
+                f"{wanted.depth} and {wanted.chunk}"
+            )
         return mailbox
 
     def give_back(self, mailbox: Mailbox) -> None:
