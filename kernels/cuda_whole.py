@@ -9,7 +9,7 @@ filled. The host learns what was left out later, from the same two words.
 A launch does a run of chunks, with one row of blocks (``blockIdx.y``) and one pair of results each:
 what is left out is a chunk, however many are mixed at a time.
 
-The kernels of the engine take the same arguments; the plain mix takes no notice of the last.
+The kernels of the engine are given the same arguments; the plain mix has no parameter for the last.
 
 **Untested on hardware**: proved are compilation for sm_90 and, on a CPU, the arithmetic
 (tests/test_cuda_whole.py).
@@ -123,7 +123,7 @@ def names(kind: str) -> tuple[str, str, str]:
     chunks, 64 bits), result (pointer to a double, the squared distance to add to, and the bits of
     what was not finite, `kernels.cpu.CAME_IN` and `OWN`; two words a chunk), chunk (elements of a
     chunk, 64 bits; the last one may be shorter). The grid has a row for each chunk; the plain mix
-    has no chunks, and one row.
+    has neither that parameter nor rows.
     """
     return kernel_name(kind, kind), f"gauge_{kind}", f"mix_whole_{kind}"
 

@@ -8,6 +8,7 @@ import numpy as np
 
 import engine_pair as engines
 import fake_device as fake
+from ucxgossip import jit
 from ucxgossip.engine import device_rounds as d
 from ucxgossip.engine import drive
 from ucxgossip.engine import words as w
@@ -87,6 +88,11 @@ class DevicePair:
         while self.device.tick(*streams):
             pass
 
+    def came(self, *ranks: int) -> bool:
+        """Whether the last chunk of the first round is signalled to each of `ranks`."""
+        rows = [self.pair.engines[r].table[self.pair.boxes[r].index] for r in ranks]
+        return all(jit.view_words(row[w.SIGNALS], row[w.CHUNKS])[-1] != 0 for row in rows)
+
     def launched(self, rank: int) -> bool:
         return self.word(rank, d.PHASE) >= d.LAUNCHED
 
@@ -98,3 +104,9 @@ def values_of(count: int, seed: int, dtype: Any = np.float32) -> list[np.ndarray
 
 def mean(mine: np.ndarray, other: np.ndarray, alpha: float = 0.5) -> np.ndarray:
     return mine + mine.dtype.type(alpha) * (other - mine)
+
+
+def calls(device: fake.FakeDevice) -> dict[str, int]:
+    """How often each function of the driver was called that enqueues something."""
+    kinds = ("copy", "kernel 0", "kernel 1", "kernel 2", "event")
+    return {kind: sum(what.startswith(kind) for what in device.log) for kind in kinds}

@@ -170,7 +170,7 @@ class FakeDevice:
             return CAPTURING  # as the driver says while any thread captures a graph
         for _ in range(self.pace):
             self._tick(tuple(each for each in STREAMS if each not in self.stalled))
-        return 0 if self._completed(event) else t.NOT_READY
+        return 0 if self.completed(event) else t.NOT_READY
 
     def _record(self, event: int, stream: int) -> int:
         number = self.recorded[event] = self.recorded.get(event, 0) + 1
@@ -207,7 +207,7 @@ class FakeDevice:
         alpha = dtype(array_at(int(array_at(arguments, np.int64, 6)[2]), dtype, 1)[0])
         if which == t.MIX:
             chunk = count
-        assert gy == -(-count // chunk) and 1 <= gx * gy <= max(4, gy)
+        assert gy == -(-count // chunk) <= 65535 and 1 <= gx * gy <= max(4, gy)
         pieces = [(at, min(chunk, count - at)) for at in range(0, count, chunk)]
 
         def run() -> bool:
@@ -235,7 +235,7 @@ class FakeDevice:
     def _enqueue(self, stream: int, what: str, run: Callable[[], bool]) -> None:
         self.queues[stream].append((what, run))
 
-    def _completed(self, event: int) -> bool:
+    def completed(self, event: int) -> bool:
         return self.reached.get(event, 0) == self.recorded[event]
 
     def _tick(self, streams: tuple[int, ...] = STREAMS) -> bool:
@@ -312,7 +312,7 @@ class FakeDevice:
         while True:
             with self.lock:
                 assert event in self.recorded
-                if self._completed(event):
+                if self.completed(event):
                     return
                 self._tick()
             assert time.monotonic() < deadline, "an event that nobody completes"

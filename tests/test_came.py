@@ -150,6 +150,8 @@ MODES: dict[str, dict[str, Any]] = {
     "exact means in the loop": {"looks": 3},
     "two models": {"models": 2},
     "a device on one rank": {"device": 1},
+    "a device, awc": {"device": 1, "combine": "awc", "optimizer_state": True},
+    "a device on the rank that is killed": {"device": 2, "combine": "awc"},
 }
 
 

@@ -13,9 +13,11 @@ import pytest
 
 import engine_pair as engines
 import fake_device as fake
-from device_pair import CHUNK, DevicePair, mean, values_of
+from device_pair import CHUNK, DevicePair, calls, mean, values_of
 from ucxgossip.engine import device_rounds as d
+from ucxgossip.engine import staging as staging_module
 from ucxgossip.engine import words as w
+from ucxgossip.engine.staging import PLACES
 from ucxgossip.errors import DeviceError
 
 OUT, HOST = fake.OUT, fake.HOST
@@ -41,6 +43,33 @@ def test_chunks_go_straight_to_the_partners_device(make: Callable[..., DevicePai
         assert np.array_equal(memories[rank].view(np.float32, len(values[0])), expected)
         assert not both.pair.boxes[rank].slot(0, np.uint8, values[0].nbytes).any()
         assert both.stagings[rank].ways == [1 - rank]
+
+
+def test_what_is_copied_at_a_time_and_before_any_has_come_is_limited(
+    make: Callable[..., DevicePair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each run has an event of its own, of which there are as many as staging places."""
+    monkeypatch.setattr(staging_module, "LONGEST_RUN_BY_WAY", 2 * CHUNK + 8)
+    chunks = 4 * PLACES
+    values = values_of(chunks * CHUNK // 4, 32)
+    both = make(values[0].nbytes, pace=0, direct=True)
+    memories = [both.memory(each) for each in values]
+    for rank in (0, 1):
+        both.post(rank, memories[rank])
+    both.tick_out(HOST)
+    both.pair.settle(0)
+    for rank in (0, 1):
+        assert both.word(rank, d.OUT_RUNS) == PLACES and both.word(rank, d.COPIED) == 2 * PLACES
+        assert both.pair.word(rank, w.PUT) == 0
+    both.tick_out(OUT)
+    both.step(0, 2)  # one sees that it has left, one signals
+    assert both.pair.word(0, w.PUT) == 2 * PLACES  # all that has left is signalled at once
+    both.device.pace = 1
+    both.pair.until(both.pair.ended)
+    assert calls(both.device)["copy"] == 2 * (chunks // 2 + 2)  # and of each zeros and results
+    for rank in (0, 1):
+        expected = mean(values[rank], values[1 - rank])
+        assert np.array_equal(memories[rank].view(np.float32, len(expected)), expected)
 
 
 def test_direct_waits_for_the_credit_of_its_place(make: Callable[..., DevicePair]) -> None:

@@ -18,6 +18,7 @@ import fake_device as fake
 import test_torch_hook as hook
 import ucxgossip as ug
 from ucxgossip import errors
+from ucxgossip.engine import device_rounds as d
 from ucxgossip.engine.staging import Staging
 from ucxgossip.mixing import Modes
 from ucxgossip.schedule import Dissemination, Rotated
@@ -50,16 +51,20 @@ def train(
         model, chosen, group, mix, combine, schedule=schedule, bucket_bytes=200, **more
     ) as gossip:
         for step in range(steps):
-            chosen.zero_grad()
-            x, y = hook.batch(group.rank, step)
-            F.cross_entropy(model(x), y).backward()
-            chosen.step()
+            train_step(model, chosen, group.rank, step)
         gossip.wait()
         stats = gossip.stats()
         assert stats["skipped"] == stats["broken"] == 0
         assert stats["rounds"] > 0 or group.size == 1
         weights = hook.flat(model)
     return weights
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, step: int) -> None:
+    optimizer.zero_grad()
+    x, y = hook.batch(rank, step)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
 
 
 @pytest.mark.parametrize("transport", ["tcp", "shm"])
@@ -85,11 +90,13 @@ def test_training_equals_the_reference(
         assert device.idle() and not device.pinned and not device.live
 
 
+@pytest.mark.parametrize("combine", ["atc", "awc"])
 @pytest.mark.parametrize("exports", [True, False])
 def test_ways_between_devices(
     job: Callable[..., list[Any]],
     devices: list[Any],
     exports: bool,
+    combine: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -99,13 +106,11 @@ def test_ways_between_devices(
     def body(group: ug.Group) -> tuple[list[list[int]], int]:
         model = hook.small_model(group.rank)
         optimizer = hook.make_optimizer("sgd", model)
-        with ug.attach(model, optimizer, group, bucket_bytes=200) as gossip:
+        with ug.attach(model, optimizer, group, combine=combine, bucket_bytes=200) as gossip:
             gossip.synchronize()  # begins once more
-            ways = [
-                stream.staging.ways
-                for bucket in gossip._buckets
-                for stream in (bucket.gradients_stream, bucket.weights_stream)
-            ]
+            streams: list[Any] = gossip._exchange._streams()
+            ways = [staging.ways for each in streams for staging in each.stagings.values()]
+            assert len(ways) == (3 if combine == "awc" else 2) * len(gossip._buckets)
             return ways, gossip.stats()["direct_ways"]
 
     if not exports:
@@ -206,6 +211,37 @@ def test_ranks_need_not_all_have_a_device(
     made[0].check()
 
 
+@pytest.mark.parametrize("with_state", [False, True])
+def test_a_rank_that_came_with_a_device_among_cpus_gives_its_mailboxes_back(
+    job: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch, with_state: bool
+) -> None:
+    """As the others do, who had agreed before that no rank has one."""
+    made: list[fake.FakeDevice] = []
+
+    def device_of(_: object) -> Any:
+        return made[-1] if here.device else None
+
+    here = threading.local()
+    monkeypatch.setattr(attach_module, "device_of", device_of)
+    monkeypatch.setattr(ug.Group, "suit_devices", lambda *_: False)
+
+    def body(group: ug.Group) -> tuple[list[np.ndarray], int]:
+        here.device = group.rank == 1
+        if here.device:
+            made.append(fake.FakeDevice())
+        more = {"optimizer_state": with_state}
+        found = [train(group, "both", "awc", "sgd", 4, **more) for _ in range(3)]
+        return found, len(group.engine.mailboxes)
+
+    ends = job(2, body)
+    assert ends[0][1] == ends[1][1]
+    for weights, _ in ends:
+        np.testing.assert_array_equal(weights[1], weights[0])
+        np.testing.assert_array_equal(weights[2], weights[0])
+    made[0].check()
+    assert made[0].idle() and not made[0].pinned and not made[0].live
+
+
 @pytest.mark.parametrize("combine", ["atc", "awc"])
 @pytest.mark.parametrize("with_state", [False, True])
 def test_a_model_of_which_some_copies_are_on_devices_is_attached_again(
@@ -275,31 +311,56 @@ def test_a_step_of_awc_is_posted_while_the_last_mixes_wait(
         model = hook.small_model(group.rank)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with ug.attach(model, optimizer, group, "weights", "awc", bucket_bytes=200) as gossip:
-            streams: list[Any] = [bucket.weights_stream for bucket in gossip._buckets]
+            streams: list[Any] = gossip._exchange._streams()
             device, found = streams[0].array.device, []
-            settle, wait = gossip._exchange.settle, device.wait
-
-            def settling() -> None:
-                device.stalled = {fake.IN}  # the mixes come behind something that has not ended
-                device.wait = lambda *_: None  # what torch's stream does waits for them, not torch
-                settle()
-
-            gossip._exchange.settle = settling
+            wait = device.wait
             for step in range(4):
+                device.stalled = {fake.IN}  # the mixes come behind something that has not ended
+                device.wait = lambda *_: None  # torch's stream waits for them, and torch does not
                 before = [stream.mailbox for stream in streams]
-                optimizer.zero_grad()
-                x, y = hook.batch(group.rank, step)
-                F.cross_entropy(model(x), y).backward()
-                optimizer.step()
+                train_step(model, optimizer, group.rank, step)
                 found.append(tuple(group.engine.active(each) for each in before))
                 assert all(stream.mailbox not in before for stream in streams)
                 device.stalled, device.wait = set(), wait
-                for stream, box in zip(streams, before, strict=True):
-                    stream.stagings[box.index].join_stream()
+                device.settle(30.0)
         return found
 
     for found in job(2, body, transport):
         assert len(found) == 4 and all(map(all, found)) and len(found[0]) > 1
+
+
+def test_so_is_the_optimizers_state(job: Callable[..., list[Any]], devices: list[Any]) -> None:
+    """Its mixes wait behind those of the weights: there is one stream for all that comes in."""
+
+    def body(group: ug.Group) -> bool:
+        model = hook.small_model(group.rank)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        with ug.attach(
+            model, optimizer, group, "weights", "awc", bucket_bytes=200, optimizer_state=True
+        ) as gossip:
+            exchange: Any = gossip._exchange
+            device = gossip._buckets[0].device
+            assert isinstance(device, fake.FakeDevice)
+            wait, post = device.wait, exchange.post
+            ends = [int(each.staging.words[d.END_EVENT]) for each in exchange._streams()]
+
+            def posting(stepped: bool) -> None:
+                """Lets the first weights' mixes happen, and not the first state's behind them."""
+                while not all(device.completed(event) for event in ends):
+                    device.tick(fake.IN)
+                post(stepped)
+
+            device.stalled, device.wait = {fake.IN}, lambda *_: None
+            train_step(model, optimizer, group.rank, 0)
+            exchange.post = posting
+            states = [stream.mailbox for stream in exchange.state.streams]
+            train_step(model, optimizer, group.rank, 1)
+            pending = bool(states) and all(group.engine.active(box) for box in states)
+            device.stalled, device.wait = set(), wait
+            device.settle(30.0)
+        return pending
+
+    assert job(2, body) == [True, True]
 
 
 @pytest.mark.parametrize("combine", ["atc", "awc"])

@@ -284,25 +284,20 @@ class Meetings(Guests):
             self._chunks[name] = self.tuning.device_chunk
         return found
 
-    def mailbox(
-        self, nbytes: int, depth: int | None = None, ring: bool = False, lanes: int = 1
-    ) -> Mailbox:
+    def mailbox(self, nbytes: int, depth: int | None = None, ring: bool = False) -> Mailbox:
         """A stream of rounds of at most `nbytes` each, `depth` of which may wait. Collective.
 
-        depth: `mailbox.usual_depth` by default, 2 for all but small payloads. ring: each round is
+        depth: `usual_depth` by default, 2 for all but small payloads. ring: each round is
         waited for as soon as it is posted (as `exchange` does), so that large payloads may go
         through a ring of `depth` chunks (`Tuning.ring` by default) instead of whole slots: half
-        the time over shared memory (docs/performance.md), and little memory. lanes: how many
-        mailboxes the rounds take in turn, among which the usual slots are shared out.
+        the time over shared memory (docs/performance.md), and little memory.
         """
         self._check_usable()
         if isinstance(nbytes, bool) or not isinstance(nbytes, int) or nbytes < 1:
             raise ArgumentError(f"mailbox of {nbytes!r} bytes; must be a positive whole number")
         if not isinstance(ring, bool):
             raise ArgumentError(f"mailbox: ring is {ring!r}; must be True or False")
-        if isinstance(lanes, bool) or not isinstance(lanes, int) or lanes < 1:
-            raise ArgumentError(f"mailbox: lanes is {lanes!r}; must be a whole number from 1")
-        layout = self._usual_layout(nbytes, depth, ring, lanes)
+        layout = self._layout_of(nbytes, depth, ring)
         name = self.label(self._naming)
         if self._look_up(lambda: name in self._unclaimed):
             return self._claim(name, layout, may_be_ring=ring, usual=depth is None)
@@ -320,13 +315,16 @@ class Meetings(Guests):
             self.restart(mailbox)
         return mailbox
 
-    def _usual_layout(self, nbytes: int, depth: int | None, ring: bool, lanes: int) -> Layout:
+    def usual_depth(self, nbytes: int) -> int:
+        """Slots of a mailbox for payloads of `nbytes`, where nothing is said of them."""
+        return 2 if self.exact_credits else usual_depth(nbytes)
+
+    def _layout_of(self, nbytes: int, depth: int | None, ring: bool) -> Layout:
         """The layout of a new mailbox, as `mailbox` says."""
         chunk = self._chunks.get(self._naming, self.tuning.chunk)
         if depth is None:
             ring = ring and nbytes > self.tuning.ring * chunk > 0
-            slots = 2 if self.exact_credits else usual_depth(nbytes)
-            depth = self.tuning.ring if ring else max(1, slots // lanes)
+            depth = self.tuning.ring if ring else self.usual_depth(nbytes)
         return self._layout(nbytes, depth, ring, chunk)
 
     def _claim(self, name: str, wanted: Layout, may_be_ring: bool, usual: bool) -> Mailbox:

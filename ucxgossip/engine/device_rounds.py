@@ -96,8 +96,9 @@ OUT_RUNS = 26  # runs whose copy is enqueued
 OUT_SEEN = 27  # of those that have completed
 IN_RUNS = 28  # runs whose mix is enqueued
 IN_SEEN = 29  # of those that have completed
-ARGUMENTS = 30  # of a kernel: six values, then their six addresses
-WORDS = 42
+WAY_RUN = 30  # chunks that are copied at a time to another device
+ARGUMENTS = 31  # of a kernel: six values, then their six addresses
+WORDS = 43
 
 # --- where a chunk waits to be mixed ------------------------------------------------------------
 NOWHERE, IN_HOST, IN_DEVICE = 0, 1, 2
@@ -111,14 +112,12 @@ ENDED = 3
 VALUES = 6
 
 MOST_IN_FLIGHT = 192
-"""Runs of all rounds whose mixes may wait on the device: four calls each, and the driver's queue
+"""What may wait on the device, of all rounds: runs whose mixes do, and as one more what each round
+needs besides (its target's event, the done event, its results), four calls each. A driver's queue
 takes about a thousand before a call blocks, which would hold up every other round. Not tuned."""
 
-LONGEST_WAY = 1 << 22
-"""Bytes of a run that goes straight to another device: the first chunks can be mixed there while
-later ones are copied. Not tuned."""
-
-_MOST_ROWS = 65535
+MOST_ROWS = 65535
+"""Of blocks in a launch, so chunks of a run at most (CUDA's limit of a grid's second dimension)."""
 
 
 @jit.njit
@@ -208,7 +207,7 @@ def _run_by_way(engine: Any, mailbox: Any, device: Any, part: int) -> int:
         return 0
     given = jit.view_words(mailbox[w.CREDITS], engine[w.RANKS])
     opened = jit.load_acquire(given, mailbox[w.TO]) - position(mailbox, mailbox[w.ROUND], part)
-    run = min(max(1, LONGEST_WAY // mailbox[w.CHUNK]), _in_slot(mailbox, part))
+    run = min(device[WAY_RUN], _in_slot(mailbox, part))
     return max(0, min(run, opened))  # type: ignore[no-any-return]
 
 
@@ -278,13 +277,15 @@ def _signal(engine: Any, mailbox: Any, part: int) -> int:
 
 @jit.njit
 def _put(engine: Any, mailbox: Any, device: Any) -> int:
-    """Put the next chunk from its staging place, or signal one that is in its slot already; 1."""
+    """Put the next chunk from its staging place, or signal those that are in their slots; 1."""
     part = mailbox[w.PUT]
     if device[WAY] != 0:
-        status = _signal(engine, mailbox, part)
-        if status < 0:
-            return rounds.fail(mailbox, status)
-        mailbox[w.PUT] = part + 1  # without a request: `_reap` counts it as sent
+        while part < device[LEFT]:  # all of the run, or its receiver would mix chunk by chunk
+            status = _signal(engine, mailbox, part)
+            if status < 0:
+                return rounds.fail(mailbox, status)
+            part += 1
+            mailbox[w.PUT] = part  # without a request: `reap` counts it as sent
         return 1
     staging = device[OUT] + (part % device[OUT_PLACES]) * mailbox[w.CHUNK]
     # `rounds` finds chunk c of a round at SOURCE + c * CHUNK.
@@ -369,14 +370,14 @@ def _take_in(
 
 @jit.njit
 def _in_flight(engine: Any) -> int:
-    """Runs of all rounds whose mixes are enqueued and not seen to have completed."""
+    """What of all rounds is enqueued and not seen to have completed, as `MOST_IN_FLIGHT` counts."""
     found = 0
     for index in range(engine[w.MAILBOXES]):
         mailbox = mailbox_words(engine, index)
         if mailbox[w.DEVICE] != 0 and jit.load_acquire(mailbox, w.STATE) == w.ACTIVE:
             device = words_of(mailbox)
             if device[ROUND_TURN] == mailbox[w.TURN]:
-                found += device[IN_RUNS] - device[IN_SEEN]
+                found += device[IN_RUNS] - device[IN_SEEN] + (device[IN_RUNS] > 0)
     return found
 
 
@@ -408,7 +409,7 @@ def _take_next(engine: Any, mailbox: Any, floats: Any, device: Any, table: Any) 
     where = _may_mix(engine, mailbox, device, part)
     if where == NOWHERE or _in_flight(engine) >= MOST_IN_FLIGHT:
         return 0
-    most = min(_in_slot(mailbox, part), _MOST_ROWS)
+    most = min(_in_slot(mailbox, part), MOST_ROWS)
     if where == IN_HOST:
         most = min(most, device[IN_PLACES] - part % device[IN_PLACES])
     number = mailbox[w.ROUND]

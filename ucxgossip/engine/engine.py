@@ -322,6 +322,16 @@ class Engine:
 
         return self.exclusively(make)
 
+    def unequip(self, mailbox: Mailbox) -> None:
+        """Undo `equip`: no round is under way, and no other rank copies to slots on the device."""
+
+        def undo() -> None:
+            staging = self.stagings.pop(mailbox.index)
+            self.table[mailbox.index, w.DEVICE] = 0
+            staging.close(settled=staging.device.settle(_DEVICE_S))
+
+        self.exclusively(undo)
+
     def compile_for_devices(self) -> None:
         """Compile what rounds on a device need, unless that was done; `equip` does."""
         if self.words[w.ADVANCE_DEVICE] == 0:

@@ -34,6 +34,10 @@ PLACES = 4
 STAGED = 1 << 20
 """Bytes of them that do, where chunks are small (over TCP). Not tuned."""
 
+LONGEST_RUN_BY_WAY = 1 << 22
+"""Bytes that are copied at a time to another device: the first can be mixed there while later ones
+are copied. Not tuned."""
+
 _kept_for_good: list[object] = []
 
 PROBE = 16
@@ -76,6 +80,7 @@ class Staging:
         words[d.OUT_EVENTS], words[d.IN_EVENTS] = out.ctypes.data, came.ctypes.data
         words[d.IN], words[d.IN_PLACES] = self._inside.address, places
         words[d.IN_EVENTS_COUNT] = flying
+        words[d.WAY_RUN] = max(1, LONGEST_RUN_BY_WAY // layout.chunk)
         words[d.RESULTS] = self._found.address
         words[d.RESULTS_HERE] = self._results.ctypes.data
         words[d.ZEROS] = self._results.ctypes.data + 16 * layout.chunks

@@ -4,11 +4,13 @@
 completed. `wait` returns when this rank's values have left, the partner's have come and their mixes
 are enqueued, and lets the computing stream wait for those. So the host waits for the partner, and
 for the device to have done what came before the post; and a round ends in the books (its distance,
-what was left out) when a later one is posted.
+what was left out) when the next one by its mailbox is posted. What the books refuse is raised at
+the wait after that, as for arrays on the CPU, and not in the midst of posting.
 
-Held rounds mix behind a backward whose end the host does not see, so the next one goes by another
-mailbox (`HELD_LANES`): with one the host would wait in `post` until backward has ended on the
-device, and what it hands out next would find the device idle but for the optimizer's step.
+Held rounds mix behind a backward whose end the host does not see, and so does whatever comes in
+after them, since there is one stream for it. So the next round goes by another mailbox
+(`HELD_LANES`): with one the host would wait in `post` until backward has ended on the device, and
+what it hands out next would find the device idle but for the optimizer's step.
 
 Between devices of one host the chunks go straight (`direct`), opened by `begin`.
 
@@ -30,6 +32,7 @@ from numpy.typing import NDArray
 from ucxgossip.buffer import Buffer
 from ucxgossip.device import Device, DeviceMemory
 from ucxgossip.engine.staging import Staging
+from ucxgossip.errors import NonFiniteError
 from ucxgossip.group import Group
 from ucxgossip.mailbox import Mailbox
 from ucxgossip.mixing.collective import Collective
@@ -40,7 +43,7 @@ from ucxgossip.mixing.stream import State
 from ucxgossip.schedule import Schedule
 
 HELD_LANES = 2
-"""Mailboxes of a held stream of which any rank's array is on a device."""
+"""Mailboxes of held streams, and of those posted with them, where any rank has a device."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class DeviceInPlace:
         self.open = self._begun = False
         self._running: set[int] = set()  # mailboxes whose rounds are not in the books
         self._joined: set[int] = set()  # streams that wait for the last round's mixes
+        self._refused: NonFiniteError | None = None  # what an earlier round mixed, to be raised
 
     @property
     def staging(self) -> Staging:
@@ -126,11 +130,8 @@ class DeviceInPlace:
         No stream may touch the array until it has been through `wait`.
         """
         if self.group.size > 1:
-            mailbox = self.lanes.at(self.position)
-            for each in self.lanes.oldest_first(self.position):
-                if each is mailbox or not self.group.engine.active(each):
-                    self._end(each)
-            self.mailbox = mailbox
+            self.mailbox = self.lanes.at(self.position)
+            self._end(self.mailbox)
             self.staging.ready()
             posted = self.group.post_step(
                 self.mailbox,
@@ -154,6 +155,8 @@ class DeviceInPlace:
         if mailbox.index in self._running:
             try:
                 self.distance = self.meter.wait(self.group, mailbox, self.what) or 0.0
+            except NonFiniteError as error:  # of a round that ended
+                self._refused = self._refused or error
             finally:
                 if not self.group.engine.active(mailbox):
                     self._running.remove(mailbox.index)
@@ -167,13 +170,18 @@ class DeviceInPlace:
             self.group.look_around()
             whole = self.meter.launched(self.group, self.mailbox)
             self.open = False
-            if not whole:
-                return  # broken off: the device has settled
-            self._joined.add(self.staging.join_stream())
+            if whole:  # else broken off: the device has settled
+                self._joined.add(self.staging.join_stream())
         elif self.mailbox.index in self._running and self._joined:
             stream = self.array.device.current_stream()
             if stream not in self._joined:
                 self._joined.add(self.staging.join_stream())
+        self._raise()
+
+    def _raise(self) -> None:
+        refused, self._refused = self._refused, None
+        if refused is not None:
+            raise refused
 
     def wait(self) -> None:
         """The current stream may read the array, in what it is given from now on."""
@@ -188,6 +196,7 @@ class DeviceInPlace:
         self.settle()
         for mailbox in self.lanes.oldest_first(self.position):
             self._end(mailbox)
+        self._raise()
 
     def average(self, collective: Collective) -> None:
         """Finish, and replace the array by its mean over all ranks, on the host. Collective."""
@@ -217,7 +226,14 @@ class DeviceInPlace:
         self.position = position
 
     def give_back(self) -> None:
-        """Nothing: the mailboxes have staging of their device."""
+        """The mailboxes, without their device's side; the array is its owner's.
+
+        Where no other rank's array is on a device, or it might still copy to slots on this one.
+        """
+        self.lanes.give_back()
+        for mailbox in self.lanes.mailboxes:
+            self.group.engine.unequip(mailbox)
+        self.stagings.clear()
 
 
 class DeviceHeld(DeviceInPlace):

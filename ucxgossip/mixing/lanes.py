@@ -27,7 +27,10 @@ class Lanes:
     @classmethod
     def sharing(cls, group: Group, nbytes: int, count: int) -> Lanes:
         """`count` new mailboxes for payloads of `nbytes`, with the slots of one among them."""
-        return cls(group, [group.mailbox(nbytes, lanes=count) for _ in range(count)])
+        if count == 1:
+            return cls(group, [group.mailbox(nbytes)])
+        depth = max(1, group.usual_depth(nbytes) // count)
+        return cls(group, [group.mailbox(nbytes, depth) for _ in range(count)])
 
     def __len__(self) -> int:
         return len(self.mailboxes)

@@ -276,7 +276,7 @@ class Stale:
             )
             for _ in range(lateness)
         ]
-        self._boxes = Lanes(group, [lane.mailbox for lane in self.lanes])
+        self._mailboxes = Lanes(group, [lane.mailbox for lane in self.lanes])
 
     def begin(self) -> None:
         """Nothing: the first round follows the first step."""
@@ -368,7 +368,7 @@ class Stale:
         for lane in self.lanes:
             self._end(lane)
             lane.pending = False
-        self._boxes.restart()
+        self._mailboxes.restart()
         self.position = int(state["position"])
         for number, correction in state["pending"]:
             lane = self.lanes[number % len(self.lanes)]
@@ -377,17 +377,17 @@ class Stale:
 
     def place(self) -> State:
         """The next step, and as which round of its lane's mailbox each step goes."""
-        return self._boxes.place(self.position)
+        return self._mailboxes.place(self.position)
 
     def enter(self, place: State, position: int) -> None:
         """Go on from `position`."""
-        self._boxes.enter(place, position)
+        self._mailboxes.enter(place, position)
         for lane in self.lanes:
             lane.pending = lane.flying = False
         self.position = position
 
     def give_back(self) -> None:
         """Mailboxes and snapshots."""
-        self._boxes.give_back()
+        self._mailboxes.give_back()
         for lane in self.lanes:
             self.group.free(lane.snapshot)

@@ -72,7 +72,8 @@ def attach(
     nonfinite: what a rank does with a chunk in which its own or its partner's values hold a NaN or
     an infinity: ``"skip"`` leaves it unmixed, counts (``stats()["nonfinite"]``) and warns;
     ``"raise"`` ends with `NonFiniteError`, where the values came in and where they were made, at
-    the next wait of the training thread; ``"allow"`` mixes it.
+    the next wait of the training thread (on a device one or two rounds later); ``"allow"`` mixes
+    it.
 
     Where: the model is on the CPU, or as a whole on one CUDA device (untested on hardware:
     docs/gpu.md). There a step waits until the device has computed what it sends and the

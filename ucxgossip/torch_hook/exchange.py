@@ -55,7 +55,8 @@ class Exchange:
         devices: bool = False,
     ) -> None:
         self.model, self.group, self.modes, self.schedule = model, group, modes, schedule
-        self._held_lanes = HELD_LANES if devices else 1
+        # On a device the mixes of held weights, and of all behind them, end after backward.
+        self._lanes = HELD_LANES if devices and modes.combine == "awc" else 1
         self.meter = Meter(quarantine=Quarantine(modes.nonfinite))
         serve(group)
         self.collective = Collective(group, self.meter.quarantine)
@@ -69,7 +70,10 @@ class Exchange:
                 bucket.weights_stream = self._weights_stream(bucket)
         self.arrange(self.buckets)
         self.state = (
-            OptimizerState(optimizer, self.buckets, group, schedule, self.meter, modes, label)
+            OptimizerState(
+                *(optimizer, self.buckets, group, schedule, self.meter, modes),
+                *(label, self._lanes),
+            )
             if modes.optimizer_state
             else None
         )
@@ -91,10 +95,11 @@ class Exchange:
         common = (self.group, bucket.weights.buffer, self.schedule, self.meter)
         first = weights_shift(self.schedule) if modes.gradients_travel else 0
         place = bucket.weights.on_device
-        lanes = self._held_lanes if modes.combine == "awc" else 1
         if place is not None:
             on_device = DeviceHeld if modes.combine == "awc" else DeviceInPlace
-            return on_device(self.group, place, self.schedule, self.meter, first, "weights", lanes)
+            return on_device(
+                self.group, place, self.schedule, self.meter, first, "weights", self._lanes
+            )
         if modes.mix == "push_sum":
             return PushSum(*common, self.collective)
         if modes.outer is not None:
@@ -102,7 +107,7 @@ class Exchange:
         if modes.staleness:
             return Stale(*common, modes.staleness, first, what="weights")
         make = Held if modes.combine == "awc" else InPlace
-        return make(*common, first, "weights", lanes)
+        return make(*common, first, "weights", self._lanes)
 
     def arrange(self, order: Sequence[Bucket]) -> None:
         """Send weights in this order of buckets from now on."""

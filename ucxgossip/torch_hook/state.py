@@ -43,7 +43,9 @@ class OptimizerState:
         meter: Meter,
         modes: Modes,
         label: str = "model",
+        lanes: int = 1,
     ) -> None:
+        self._lanes = lanes
         self.label = f"optimizer state of {label}"
         self.optimizer, self.buckets, self.group = optimizer, list(buckets), group
         self.schedule, self.meter, self.modes = schedule, meter, modes
@@ -97,10 +99,11 @@ class OptimizerState:
         common = (self.group, flat.buffer, self.schedule, self.meter)
         if flat.on_device is not None:
             place = flat.on_device
-            return DeviceInPlace(self.group, place, self.schedule, self.meter, position, name)
+            common_there = (self.group, place, self.schedule, self.meter)
+            return DeviceInPlace(*common_there, position, name, self._lanes)
         if self.modes.staleness:
             return Stale(*common, self.modes.staleness, position, what=name)
-        return InPlace(*common, position, what=name)
+        return InPlace(*common, position, name, self._lanes)
 
     def _adopt(self) -> None:
         """Make every state tensor live in its place; those the optimizer made anew are copied."""
