@@ -56,6 +56,7 @@ RULES = {
     "unseen": "nobody sleeps while a bell's signal is not visible",
     "doze": "the doze word is raised before a rank looks for the last time and sleeps",
     "look": "whoever stores looks at the doze word when the store is in place",
+    "answer": "who is asked whether it has a round says so, whatever it is at",
 }
 """What `Model.without` can remove."""
 
@@ -66,9 +67,11 @@ class Model:
 
     words: of each chunk; with two of them, a torn chunk is a state of its own. way: ``"put"`` (a
     network: data, fence, signal), ``"store"`` (shared memory: words are stored by the sender, in
-    any order up to the release) or ``"message"`` (a small round in one active message, on which a
-    credit rides). sleeping: ranks with nothing to do sleep until a message comes; puts wake nobody
-    (RDMA, where a bell follows each; stores, where it does if the target's doze word is up).
+    any order up to the release) or ``"message"`` (each chunk in one active message, on the first of
+    which a credit rides). answers: the last message of several asks its target for an answer, and
+    the round ends when that has come. sleeping: ranks with nothing to do sleep until a message
+    comes; puts wake nobody (RDMA, where a bell follows each; stores, where it does if the target's
+    doze word is up).
     failure: ``"kill"`` (the last rank dies at some time) or ``"suspect"`` (it is taken for dead and
     lives on). regroup: the survivors of either begin a new epoch. without: rules of `RULES`
     removed. depth, ring: slots, each of a round or (ring) of a chunk.
@@ -80,6 +83,7 @@ class Model:
     chunks: int = 1
     words: int = 2
     way: str = "put"
+    answers: bool = False
     sleeping: bool = False
     failure: str = ""
     regroup: bool = False
@@ -153,6 +157,7 @@ class Rank(NamedTuple):
     credited: bool = False  # it needs no credit (without "first-credit")
     put: int = 0  # steps of putting done, all chunks
     sent: int = 0  # chunks that have left
+    unanswered: bool = False  # the target has not said that it has the round
     saw: bool = False  # the signal of the chunk to mix has been seen
     mixed: int = 0  # words mixed, all chunks
     credits: tuple[int, ...] = ()  # by rank: chunks below may be put to it
@@ -190,7 +195,8 @@ class Put(NamedTuple):
 class Message(NamedTuple):
     """An active message under way, or a credit that is stored (which wakes nobody).
 
-    read: whether its payload has been read at the source. credit: chunks below may be put.
+    read: whether its payload has been read at the source. credit: chunks below may be put. asks:
+    for an answer.
     """
 
     kind: str
@@ -201,6 +207,7 @@ class Message(NamedTuple):
     chunk: int = 0
     read: bool = True
     credit: int = 0
+    asks: bool = False
 
 
 FENCE = None
@@ -345,6 +352,7 @@ def begin(model: Model, state: State, rank: int) -> Iterator[Step]:
             credited=first and "first-credit" in model.without,
             put=0,
             sent=0,
+            unanswered=False,
             saw=False,
             mixed=0,
         ),
@@ -382,9 +390,11 @@ def putting(model: Model, state: State, rank: int) -> Iterator[Step]:
     elif what == "bell":
         after = sending(after, Message("bell", me.epoch, rank, to, n, chunk))
     else:
-        credit = model.position(n, 0) + model.places
+        credit = 0 if chunk else model.position(n, 0) + model.places
         after = telling(after, rank, to, credit)
-        message = Message("data", me.epoch, rank, to, n, chunk, read=False, credit=credit)
+        asks = model.answers and 0 < chunk == model.chunks - 1
+        after = with_rank(after, rank, unanswered=asks)
+        message = Message("data", me.epoch, rank, to, n, chunk, False, credit, asks)
         after = sending(after, message)
     yield f"{rank}: {what} of chunk {chunk}, round {n}", after, ""
 
@@ -396,7 +406,8 @@ def has_left(model: Model, state: State, rank: int, chunk: int) -> bool:
     if not posted or "sent" in model.without:
         return posted
     if model.way == "message":
-        return not any(m.source == rank and not m.read for m in state.messages)
+        own = [m for m in state.messages if m.source == rank and not m.read]
+        return not any((m.round, m.chunk) == (me.round, chunk) for m in own)
     queue = state.queues[rank * model.size + model.to(me.epoch, rank, me.round)]
     return not any(
         put is not FENCE and (put.round, put.chunk) == (me.round, chunk) and 0 in put.stages
@@ -431,7 +442,8 @@ def ending(model: Model, state: State, rank: int) -> Iterator[Step]:
     """The credit for whoever puts `ahead` rounds later, then the end of this one."""
     me = state.ranks[rank]
     n = me.round
-    done = me.sent == model.chunks and me.mixed == model.chunks * model.words
+    mixed = me.mixed == model.chunks * model.words
+    done = me.sent == model.chunks and mixed and not me.unanswered
     early = "mix-then-credit" in model.without and me.saw
     granted = []
     if done or early:
@@ -591,10 +603,15 @@ def delivered(model: Model, state: State, message: Message) -> tuple[State, str]
     state = with_rank(state, target, asleep=False)
     if message.kind == "credit":
         return state, ""
+    if message.kind == "taken":
+        mine = me.round == n and model.to(me.epoch, target, n) == message.source
+        return with_rank(state, target, unanswered=me.unanswered and not mine), ""
     if message.kind == "bell":
         if visible(model, state, target, n, chunk):
             return state, ""
         return with_rank(state, target, unseen=me.unseen | {(n, chunk)}), ""
+    if message.asks and "answer" not in model.without:
+        state = sending(state, Message("taken", me.epoch, target, message.source, n))
     put = Put(message.epoch, n, chunk, ())
     state, fault = written(model, state, message.source, target, put, tuple(range(model.words)))
     return written(model, state, message.source, target, put, ())[0], fault
@@ -710,7 +727,7 @@ def steps(model: Model, state: State) -> list[Step]:
 def waits_for(model: Model, state: State, rank: int) -> int:
     """Whom the round of `rank` waits for, where it cannot go on."""
     me = state.ranks[rank]
-    if me.sent < model.chunks:
+    if me.sent < model.chunks or me.unanswered:
         return model.to(me.epoch, rank, me.round)
     return model.sender(me.epoch, rank, me.round)
 
@@ -809,6 +826,9 @@ CASES: dict[str, Model] = {
     "stores": Model(rounds=4, depth=2, way="store"),
     "stores, two chunks": Model(rounds=2, chunks=2, way="store"),
     "messages": Model(rounds=4, depth=2, way="message"),
+    "two messages": Model(rounds=2, chunks=2, words=1, way="message"),
+    "answers": Model(rounds=2, chunks=2, words=1, way="message", answers=True),
+    "answers, sleep": Model(2, 2, 1, 2, 1, "message", answers=True, sleeping=True),
     "three ranks": Model(size=3, rounds=3, words=1),
     "three ranks, stores": Model(size=3, rounds=3, words=1, way="store"),
     "three ranks, messages": Model(size=3, rounds=4, words=1, way="message"),
@@ -817,6 +837,7 @@ CASES: dict[str, Model] = {
     "kill": Model(rounds=3, failure="kill"),
     "kill, stores": Model(rounds=3, way="store", failure="kill"),
     "kill, messages": Model(rounds=3, way="message", failure="kill"),
+    "kill, answers": Model(2, 2, 1, 2, 1, "message", answers=True, failure="kill"),
     "kill, three ranks": Model(size=3, rounds=2, words=1, failure="kill"),
 }
 """Cases of the protocol as it is."""
@@ -824,6 +845,9 @@ CASES: dict[str, Model] = {
 REGROUP = Model(size=3, rounds=2, words=1, regroup=True)
 
 LONG_CASES: dict[str, Model] = {
+    "answers, ring": Model(2, 2, 2, 3, 1, "message", answers=True, ring=True),
+    "answers, three ranks": Model(3, 2, 1, 2, 1, "message", answers=True),
+    "answers, three rounds, kill": Model(2, 3, 1, 2, 1, "message", answers=True, failure="kill"),
     "ring, three ranks": Model(size=3, rounds=2, chunks=2, words=1, ring=True),
     "ring, sleep": Model(rounds=1, chunks=2, words=1, sleeping=True, ring=True),
     "three ranks, two slots": Model(size=3, rounds=3, depth=2, words=1),
@@ -834,7 +858,7 @@ LONG_CASES: dict[str, Model] = {
     "suspect and regroup, stores": replace(REGROUP, failure="suspect", way="store"),
     "suspect and regroup, messages": replace(REGROUP, failure="suspect", way="message"),
 }
-"""More of them, of 50,000 to 250,000 states each."""
+"""More of them, of 50,000 to 300,000 states each."""
 
 
 def main() -> None:

@@ -67,6 +67,12 @@ BLOCKED = "no step is left"
         (without("bell", sleeping=True, words=1, way="store"), BLOCKED),
         (without("doze", sleeping=True, words=1, way="store"), BLOCKED),
         (without("look", sleeping=True, words=1, way="store"), BLOCKED),
+        (without("answer", chunks=2, words=1, way="message", answers=True), BLOCKED),
+        (without("sent", chunks=2, words=1, way="message"), "has changed"),
+        (
+            without("mix-then-credit", chunks=2, words=1, way="message"),
+            "after its credit was given",
+        ),
         (without("closed", of=REGROUP, failure="kill"), "has changed"),
         (without("closed", of=REGROUP, failure="kill", way="message"), "has changed"),
         (without("new-region", of=REGROUP, failure="suspect", way="store"), "wrote into a mailbox"),
@@ -109,17 +115,16 @@ LARGE = Model(size=4, rounds=9, depth=3, chunks=3, words=3)
 
 @pytest.mark.parametrize("way", ["put", "store", "message"])
 def test_large_cases_at_random(way: str) -> None:
-    chunks = 1 if way == "message" else LARGE.chunks
     for seed in range(20):
-        ring = chunks > 1 and seed % 4 > 1
-        case = replace(LARGE, way=way, chunks=chunks, ring=ring, depth=2 if ring else 3)
+        ring, answers = seed % 4 > 1, way == "message" and seed % 8 > 3
+        case = replace(LARGE, way=way, answers=answers, ring=ring, depth=2 if ring else 3)
         result = walk(replace(case, sleeping=seed % 2 == 1), seed)
         assert not result.fault, "\n".join([f"seed {seed}: {result.fault}", *result.trace])
         regrouped = replace(
             LARGE,
             way=way,
-            chunks=chunks,
-            ring=chunks > 1 and seed % 4 > 1,
+            answers=answers,
+            ring=ring,
             depth=2,
             failure=("kill", "suspect")[seed % 2],
             regroup=True,

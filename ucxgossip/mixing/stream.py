@@ -226,7 +226,7 @@ class Held(InPlace):
 
 
 @dataclass
-class _Lane:
+class _Flight:
     """Every `lateness`-th round of a `Stale` stream: its mailbox and its snapshot."""
 
     mailbox: Mailbox
@@ -270,13 +270,13 @@ class Stale:
         self.array, self.nbytes = array_of(buffer), buffer.nbytes
         self.position, self.before = position, before
         self.distance = 0.0
-        self.lanes = [
-            _Lane(
+        self._flights = [
+            _Flight(
                 group.mailbox(buffer.nbytes), registered(group, len(self.array), self.array.dtype)
             )
             for _ in range(lateness)
         ]
-        self._mailboxes = Lanes(group, [lane.mailbox for lane in self.lanes])
+        self.lanes = Lanes(group, [flight.mailbox for flight in self._flights])
 
     def begin(self) -> None:
         """Nothing: the first round follows the first step."""
@@ -286,21 +286,21 @@ class Stale:
         if self.group.size == 1:
             self.position += 1
             return
-        lane = self.lanes[self.position % len(self.lanes)]
+        flight = self._flights[self.position % len(self.lanes)]
         if self.before:
             self._collect()
-        self._end(lane)
-        correction = array_of(lane.snapshot).copy() if lane.pending else None
+        self._end(flight)
+        correction = array_of(flight.snapshot).copy() if flight.pending else None
         if correction is not None and self.before:
             self.array += correction
-        array_of(lane.snapshot)[:] = self.array
+        array_of(flight.snapshot)[:] = self.array
         if correction is not None and not self.before:
             self.array += correction
-        lane.pending, lane.flying, lane.number = False, True, self.position
+        flight.pending, flight.flying, flight.number = False, True, self.position
         posted = self.group.post_step(
-            lane.mailbox,
-            lane.snapshot,
-            lane.snapshot,
+            flight.mailbox,
+            flight.snapshot,
+            flight.snapshot,
             self.schedule,
             self.position,
             stride=len(self.lanes),
@@ -309,31 +309,31 @@ class Stale:
             whole=self.meter.quarantine.whole,
         )
         if posted:
-            self.meter.posted(self.group, lane.mailbox)
+            self.meter.posted(self.group, flight.mailbox)
         if not self.before:
             self._collect()
         self.position += 1
 
-    def _end(self, lane: _Lane) -> None:
-        """Wait for the lane's round; its snapshot is a correction then, if it ended whole."""
-        if lane.flying:
-            late = self.position - lane.number
+    def _end(self, flight: _Flight) -> None:
+        """Wait for its round; the snapshot is a correction then, if it ended whole."""
+        if flight.flying:
+            late = self.position - flight.number
             try:
-                distance = self.meter.wait(self.group, lane.mailbox, self.what, late)
+                distance = self.meter.wait(self.group, flight.mailbox, self.what, late)
             except NonFiniteError:  # it ended; what was left out is zero in the correction
-                lane.flying, lane.pending = False, True
+                flight.flying, flight.pending = False, True
                 raise
-            lane.flying, lane.pending = False, distance is not None
+            flight.flying, flight.pending = False, distance is not None
             self.distance = distance or 0.0
 
     def _collect(self) -> None:
         """Add the corrections of all rounds that have ended, the oldest first."""
-        for lane in sorted(self.lanes, key=lambda lane: lane.number):
-            if lane.flying and not self.group.engine.active(lane.mailbox):
-                self._end(lane)
-            if lane.pending:
-                self.array += array_of(lane.snapshot)
-                lane.pending = False
+        for flight in sorted(self._flights, key=lambda flight: flight.number):
+            if flight.flying and not self.group.engine.active(flight.mailbox):
+                self._end(flight)
+            if flight.pending:
+                self.array += array_of(flight.snapshot)
+                flight.pending = False
 
     def settle(self) -> None:
         """Add what has come in since, where old corrections must not travel on."""
@@ -345,8 +345,8 @@ class Stale:
 
     def finish(self) -> None:
         """Wait for every round under way and add its correction."""
-        for lane in self.lanes:
-            self._end(lane)
+        for flight in self._flights:
+            self._end(flight)
         self._collect()
 
     def average(self, collective: Collective) -> None:
@@ -356,38 +356,40 @@ class Stale:
 
     def state(self) -> State:
         """The next step and the corrections under way, which a resumed run adds in its turn."""
-        for lane in self.lanes:
-            self._end(lane)
+        for flight in self._flights:
+            self._end(flight)
         pending = [
-            (lane.number, array_of(lane.snapshot).copy()) for lane in self.lanes if lane.pending
+            (flight.number, array_of(flight.snapshot).copy())
+            for flight in self._flights
+            if flight.pending
         ]
         return {"position": self.position, "pending": pending}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue with the corrections of `state`."""
-        for lane in self.lanes:
-            self._end(lane)
-            lane.pending = False
-        self._mailboxes.restart()
+        for flight in self._flights:
+            self._end(flight)
+            flight.pending = False
+        self.lanes.restart()
         self.position = int(state["position"])
         for number, correction in state["pending"]:
-            lane = self.lanes[number % len(self.lanes)]
-            lane.number, lane.pending = number, True
-            array_of(lane.snapshot)[:] = correction
+            flight = self._flights[number % len(self.lanes)]
+            flight.number, flight.pending = number, True
+            array_of(flight.snapshot)[:] = correction
 
     def place(self) -> State:
-        """The next step, and as which round of its lane's mailbox each step goes."""
-        return self._mailboxes.place(self.position)
+        """The next step, and as which round of its mailbox each step goes."""
+        return self.lanes.place(self.position)
 
     def enter(self, place: State, position: int) -> None:
         """Go on from `position`."""
-        self._mailboxes.enter(place, position)
-        for lane in self.lanes:
-            lane.pending = lane.flying = False
+        self.lanes.enter(place, position)
+        for flight in self._flights:
+            flight.pending = flight.flying = False
         self.position = position
 
     def give_back(self) -> None:
         """Mailboxes and snapshots."""
-        self._mailboxes.give_back()
-        for lane in self.lanes:
-            self.group.free(lane.snapshot)
+        self.lanes.give_back()
+        for flight in self._flights:
+            self.group.free(flight.snapshot)
