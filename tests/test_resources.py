@@ -349,8 +349,10 @@ def test_exit_without_close(transport: str, tmp_path: Path) -> None:
         for rank in (1, 0):  # which reads its input to the end, and holds the store
             status, said, errors = job.end(rank)
             assert (status, said) == (0, "exchanged\n")
-            # Who ends without close() is lost to those who go on for a moment longer.
-            assert all("1 of 2 go on" in line for line in errors.splitlines()), errors
+            # Who ends without close() is lost to those who go on for a moment longer. On a machine
+            # that stands still for a second, torch's store says so.
+            ours = [line for line in errors.splitlines() if "[c10d]" not in line]
+            assert all("1 of 2 go on" in line for line in ours if line), errors
     assert list(tmp_path.iterdir()) == []
 
 
