@@ -21,8 +21,8 @@ What is checked, in every state:
   dead one, or for somebody who does; after a regroup, the survivors have ended all rounds.
 
 Not modelled: words shorter than the 8 bytes that a signal is (they are stored at once), UCX's own
-state, deadlines, and how survivors agree on who is left (the epoch begins for each of them at its
-own time, after all have left the old one).
+state, deadlines, how survivors agree on who is left (the epoch begins for each of them at its own
+time, after all have left the old one), and what docs/protocol.md says besides.
 
 Rejected: Promela and spin (a second language to keep true, and no such tool in the test suite);
 random walks alone (they do not say when they are done; `walk` takes them where the states are too

@@ -370,6 +370,34 @@ def test_what_waits_on_the_device_is_limited(make: Callable[..., DevicePair]) ->
         assert np.array_equal(head, expected[: len(head)])
 
 
+@pytest.mark.parametrize("tuning", [engines.TUNING, engines.MESSAGES], ids=["puts", "messages"])
+def test_rounds_that_wait_for_chunks_keep_no_other_from_ending(
+    make: Callable[..., DevicePair], tuning: Any
+) -> None:
+    """More rounds than may wait on the device, whose first chunks all come before any last one."""
+    most, chunks = 8, 2 * PLACES
+    values = values_of(chunks * CHUNK // 4, 27)
+    boxes = [make(values[0].nbytes, pace=0, tuning=tuning)]
+    boxes += [boxes[0].another(values[0].nbytes) for _ in range(most + 3)]
+    device = boxes[0].device
+    memories = [[each.memory(mine) for mine in values] for each in boxes]
+    for both, memory in zip(boxes, memories, strict=True):
+        for rank in (0, 1):
+            both.stagings[rank].words[d.MOST] = most
+            both.post(rank, memory[rank])
+
+    def ended() -> bool:
+        for stream in (OUT, IN, HOST):  # so that the copies of each round wait for all others'
+            device.tick(stream)
+        return all(both.pair.ended() for both in boxes)
+
+    boxes[0].pair.until(ended)
+    for memory in memories:
+        for rank in (0, 1):
+            expected = mean(values[rank], values[1 - rank])
+            assert np.array_equal(memory[rank].view(np.float32, len(expected)), expected)
+
+
 @pytest.mark.parametrize("direct", [False, True], ids=["staged", "direct"])
 @pytest.mark.parametrize("whole", [0, 1])
 def test_what_has_come_is_mixed_in_few_calls(

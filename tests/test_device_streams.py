@@ -10,7 +10,16 @@ import fake_device as fake
 import ucxgossip as ug
 from ucxgossip import errors
 from ucxgossip.buffer import Buffer
-from ucxgossip.mixing import DeviceArray, DeviceHeld, DeviceInPlace, Held, InPlace, Meter, serve
+from ucxgossip.mixing import (
+    Collective,
+    DeviceArray,
+    DeviceHeld,
+    DeviceInPlace,
+    Held,
+    InPlace,
+    Meter,
+    serve,
+)
 from ucxgossip.mixing.lanes import Lanes
 from ucxgossip.quarantine import Quarantine
 from ucxgossip.schedule import Dissemination, Rotated
@@ -33,13 +42,13 @@ def test_any_number_of_lanes_gives_the_same(
 ) -> None:
     """As the schedule says, on devices and beside ranks without one; books once a round.
 
-    Of seven ranks each keeps connections to four.
+    Several chunks each. Of seven ranks each keeps connections to four.
     """
     rounds = 7
     values = np.random.default_rng(lanes).standard_normal((size, COUNT))
     schedule = Rotated(Dissemination(size), seed=3)
 
-    tuning = ug.Tuning(endpoints=4)
+    tuning = ug.Tuning(endpoints=4, chunk=4096)
 
     def body(group: ug.Group) -> tuple[np.ndarray, int, bool]:
         meter, more = Meter(), {"position": 5, "lanes": lanes}
@@ -78,7 +87,7 @@ def test_any_number_of_lanes_gives_the_same(
 def test_what_is_not_finite_is_raised_at_a_wait_and_nowhere_else(
     job: Job, kind: Any, lanes: int
 ) -> None:
-    """On both ranks at the same one, so many rounds later; the stream goes on."""
+    """On both ranks at the same one, so many rounds later; it names the step of the round."""
 
     def body(group: ug.Group) -> list[int]:
         device, raised = fake.FakeDevice(group.rank), []
@@ -86,11 +95,12 @@ def test_what_is_not_finite_is_raised_at_a_wait_and_nowhere_else(
         meter = Meter(quarantine=Quarantine("raise"))
         stream = kind(group, array, Dissemination(2), meter, what="weights", lanes=lanes)
         for step in range(5):
+            meter.quarantine.step = 10 + step
             stream.post()
             try:
                 stream.settle()
             except errors.NonFiniteError as error:
-                assert (error.rank, error.what) == (1, "weights")
+                assert (error.rank, error.what, error.step) == (1, "weights", 10)
                 raised.append(step)
             if step == 0:
                 device.settle(30.0)
@@ -114,6 +124,30 @@ def test_what_is_not_finite_is_raised_at_the_end(job: Job) -> None:
         stream.finish()
 
     job(2, body)
+
+
+@pytest.mark.parametrize("kind", [DeviceInPlace, DeviceHeld])
+def test_what_is_not_finite_does_not_keep_a_rank_from_a_collective(job: Job, kind: Any) -> None:
+    """The others are in it already; it is raised at the wait after it."""
+
+    def body(group: ug.Group) -> float:
+        device = fake.FakeDevice(group.rank)
+        array = array_on(device, np.full(COUNT, np.nan if group.rank == 3 else 0.0))
+        meter = Meter(quarantine=Quarantine("raise"))
+        stream = kind(group, array, Dissemination(4), meter)
+        stream.post()
+        stream.settle()
+        device.settle(30.0)
+        array.write(np.full(COUNT, float(group.rank)))
+        stream.average(Collective(group))
+        found = float(array.read()[0])
+        if group.rank in (0, 3):  # who took from the other
+            with pytest.raises(errors.NonFiniteError):
+                stream.settle()
+        stream.settle()
+        return found
+
+    assert job(4, body) == [1.5] * 4
 
 
 def test_finish_ends_the_rounds_of_all_lanes(job: Job) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 import fake_device as fake
 import test_torch_hook as hook
 import ucxgossip as ug
+from engine_pair import until
 from ucxgossip import errors
 from ucxgossip.engine import device_rounds as d
 from ucxgossip.engine.staging import Staging
@@ -57,6 +58,7 @@ def train(
         assert stats["skipped"] == stats["broken"] == 0
         assert stats["rounds"] > 0 or group.size == 1
         weights = hook.flat(model)
+    assert gossip.stats()["rounds"] == stats["rounds"]
     return weights
 
 
@@ -181,6 +183,33 @@ def test_slots_stay_allocated_where_a_rank_leaves_alone(
 
     found = job(2, body, raw=True)[1]
     assert found and not any(found)
+
+
+def test_a_rank_whose_copies_have_not_ended_leaves_alone(
+    job: Callable[..., list[Any]], devices: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the others would free the slots that it still writes to."""
+    orderly: dict[int, bool] = {}
+    close = Staging.close
+
+    def closing(staging: Staging, in_order: bool = True, settled: bool = True) -> None:
+        orderly[id(staging.device)] = in_order
+        close(staging, in_order, settled)
+
+    monkeypatch.setattr(Staging, "close", closing)
+
+    def body(group: ug.Group) -> int:
+        model = hook.small_model(group.rank)
+        with ug.attach(model, hook.make_optimizer("sgd", model), group) as gossip:
+            device = gossip._buckets[0].device
+            train_step(model, gossip.optimizer, group.rank, 0)
+        if group.rank == 1:
+            monkeypatch.setattr(device, "settle", lambda *_: False)
+        group.close()
+        return id(device)
+
+    first, second = job(2, body, raw=True)
+    assert orderly == {first: False, second: False}
 
 
 @pytest.mark.parametrize("combine", ["atc", "awc"])
@@ -344,10 +373,13 @@ def test_so_is_the_optimizers_state(job: Callable[..., list[Any]], devices: list
             wait, post = device.wait, exchange.post
             ends = [int(each.staging.words[d.END_EVENT]) for each in exchange._streams()]
 
+            def first_mixed() -> bool:
+                device.tick(fake.IN)
+                return all(map(device.completed, ends))
+
             def posting(stepped: bool) -> None:
                 """Lets the first weights' mixes happen, and not the first state's behind them."""
-                while not all(device.completed(event) for event in ends):
-                    device.tick(fake.IN)
+                until(first_mixed)
                 post(stepped)
 
             device.stalled, device.wait = {fake.IN}, lambda *_: None

@@ -281,7 +281,14 @@ class Group(Blocking):
             except UCXError:  # a partner that is gone has nothing to lose by it
                 continue
         with suppress(ClosedError):
-            self.engine.leave_ways(min(_GOODBYE, max(0.0, deadline - time.monotonic())))
+            left = max(0.0, deadline - time.monotonic())
+            if not self.engine.leave_ways(min(_GOODBYE, left)):
+                log.warning(
+                    "rank %d leaves alone: what it copies to other ranks' devices is under way",
+                    self.rank,
+                )
+                self._warden.leave()  # or the others would free the slots
+                return False
         return self._part(deadline)
 
     def __enter__(self) -> Self:

@@ -97,8 +97,9 @@ OUT_SEEN = 27  # of those that have completed
 IN_RUNS = 28  # runs whose mix is enqueued
 IN_SEEN = 29  # of those that have completed
 WAY_RUN = 30  # chunks that are copied at a time to another device
-ARGUMENTS = 31  # of a kernel: six values, then their six addresses
-WORDS = 43
+MOST = 31  # what may wait on the device, of all rounds: `MOST_IN_FLIGHT`
+ARGUMENTS = 32  # of a kernel: six values, then their six addresses
+WORDS = 44
 
 # --- where a chunk waits to be mixed ------------------------------------------------------------
 NOWHERE, IN_HOST, IN_DEVICE = 0, 1, 2
@@ -112,9 +113,11 @@ ENDED = 3
 VALUES = 6
 
 MOST_IN_FLIGHT = 192
-"""What may wait on the device, of all rounds: runs whose mixes do, and as one more what each round
-needs besides (its target's event, the done event, its results), four calls each. A driver's queue
-takes about a thousand before a call blocks, which would hold up every other round. Not tuned."""
+"""What may wait on the device of what came in, over all rounds: runs whose mixes do, and as one
+more what a round needs besides (its target's event, the done event, its results), four calls each.
+A driver's queue takes about a thousand before a call blocks, which would hold up every other round.
+A round counts only while the device has work of it: one that waits for its partner's next chunk
+must keep no other from ending. Not tuned."""
 
 MOST_ROWS = 65535
 """Of blocks in a launch, so chunks of a run at most (CUDA's limit of a grid's second dimension)."""
@@ -264,7 +267,7 @@ def _signal(engine: Any, mailbox: Any, part: int) -> int:
     if peer[2] != 0:
         signals = jit.view_words(peer[2] + mailbox[w.SIGNALS_OFFSET] + 8 * place, 1)
         jit.store_release(signals, 0, word)
-        return sending.ring(engine, mailbox, part) if sending.dozes(mailbox, peer[2]) else 0
+        return 0
     kept = mailbox[w.OUTGOING] + 8 * sending.outgoing(mailbox, part)
     jit.view_words(kept, 1)[0] = word
     remote = peer[0] + mailbox[w.SIGNALS_OFFSET] + 8 * place
@@ -276,17 +279,29 @@ def _signal(engine: Any, mailbox: Any, part: int) -> int:
 
 
 @jit.njit
+def _signal_all(engine: Any, mailbox: Any, part: int, end: int) -> int:
+    """Say that the chunks from `part` to before `end` are in their slots; an error, or 0.
+
+    All of them, or their owner would mix chunk by chunk. It is woken once where signals are stores.
+    """
+    for each in range(part, end):
+        status = _signal(engine, mailbox, each)
+        if status < 0:
+            return status
+        mailbox[w.PUT] = each + 1  # without a request: `reap` counts it as sent
+    direct = sending.twin(engine, mailbox, mailbox[w.TO])[2]
+    if direct != 0 and sending.dozes(mailbox, direct):
+        return sending.ring(engine, mailbox, end - 1)
+    return 0
+
+
+@jit.njit
 def _put(engine: Any, mailbox: Any, device: Any) -> int:
     """Put the next chunk from its staging place, or signal those that are in their slots; 1."""
     part = mailbox[w.PUT]
     if device[WAY] != 0:
-        while part < device[LEFT]:  # all of the run, or its receiver would mix chunk by chunk
-            status = _signal(engine, mailbox, part)
-            if status < 0:
-                return rounds.fail(mailbox, status)
-            part += 1
-            mailbox[w.PUT] = part  # without a request: `reap` counts it as sent
-        return 1
+        status = _signal_all(engine, mailbox, part, device[LEFT])
+        return rounds.fail(mailbox, status) if status < 0 else 1
     staging = device[OUT] + (part % device[OUT_PLACES]) * mailbox[w.CHUNK]
     # `rounds` finds chunk c of a round at SOURCE + c * CHUNK.
     mailbox[w.SOURCE] = staging - part * mailbox[w.CHUNK]
@@ -377,7 +392,8 @@ def _in_flight(engine: Any) -> int:
         if mailbox[w.DEVICE] != 0 and jit.load_acquire(mailbox, w.STATE) == w.ACTIVE:
             device = words_of(mailbox)
             if device[ROUND_TURN] == mailbox[w.TURN]:
-                found += device[IN_RUNS] - device[IN_SEEN] + (device[IN_RUNS] > 0)
+                runs = device[IN_RUNS] - device[IN_SEEN]
+                found += runs + (runs > 0 or device[PHASE] == LAUNCHED)
     return found
 
 
@@ -407,7 +423,7 @@ def _take_next(engine: Any, mailbox: Any, floats: Any, device: Any, table: Any) 
     if jit.load_acquire(mailbox, w.HELD) != 0:
         return 0
     where = _may_mix(engine, mailbox, device, part)
-    if where == NOWHERE or _in_flight(engine) >= MOST_IN_FLIGHT:
+    if where == NOWHERE or _in_flight(engine) >= device[MOST]:
         return 0
     most = min(_in_slot(mailbox, part), MOST_ROWS)
     if where == IN_HOST:

@@ -326,9 +326,9 @@ class Engine:
         """Undo `equip`: no round is under way, and no other rank copies to slots on the device."""
 
         def undo() -> None:
-            staging = self.stagings.pop(mailbox.index)
+            settled = self.stagings[mailbox.index].device.settle(_DEVICE_S)
             self.table[mailbox.index, w.DEVICE] = 0
-            staging.close(settled=staging.device.settle(_DEVICE_S))
+            self.stagings.pop(mailbox.index).close(settled=settled)
 
         self.exclusively(undo)
 

@@ -77,6 +77,7 @@ class Staging:
         words[d.TABLE] = device.table.ctypes.data
         words[d.OUT], words[d.OUT_PLACES] = self.region.address, places
         words[d.OUT_PARAM] = self.region.param_address
+        words[d.MOST] = d.MOST_IN_FLIGHT
         words[d.OUT_EVENTS], words[d.IN_EVENTS] = out.ctypes.data, came.ctypes.data
         words[d.IN], words[d.IN_PLACES] = self._inside.address, places
         words[d.IN_EVENTS_COUNT] = flying

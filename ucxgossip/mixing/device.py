@@ -103,7 +103,7 @@ class DeviceInPlace:
         self.position = position
         self.distance = 0.0
         self.open = self._begun = False
-        self._running: set[int] = set()  # mailboxes whose rounds are not in the books
+        self._running: dict[int, int] = {}  # by mailbox, the step whose round is not in the books
         self._joined: set[int] = set()  # streams that wait for the last round's mixes
         self._refused: NonFiniteError | None = None  # what an earlier round mixed, to be raised
 
@@ -115,7 +115,8 @@ class DeviceInPlace:
     @property
     def ways(self) -> set[int]:
         """The ranks into whose devices chunks are copied straight."""
-        return set.intersection(*(set(staging.ways) for staging in self.stagings.values()))
+        found = [set(staging.ways) for staging in self.stagings.values()]
+        return set.intersection(*found) if found else set()
 
     def begin(self) -> None:
         """Open the ways to devices of this host, once; the first round follows the first step."""
@@ -146,20 +147,21 @@ class DeviceInPlace:
             if posted:
                 self.meter.posted(self.group, self.mailbox)
             self._joined.clear()
-            self._running.add(self.mailbox.index)
+            self._running[self.mailbox.index] = self.meter.quarantine.step
             self.open = True
         self.position += 1
 
     def _end(self, mailbox: Mailbox) -> None:
         """Wait until the device has done its part of the mailbox's round, and count it."""
-        if mailbox.index in self._running:
+        step = self._running.get(mailbox.index)
+        if step is not None:
             try:
-                self.distance = self.meter.wait(self.group, mailbox, self.what) or 0.0
+                self.distance = self.meter.wait(self.group, mailbox, self.what, step=step) or 0.0
             except NonFiniteError as error:  # of a round that ended
                 self._refused = self._refused or error
             finally:
                 if not self.group.engine.active(mailbox):
-                    self._running.remove(mailbox.index)
+                    del self._running[mailbox.index]
 
     def _join(self) -> None:
         """Wait until all of the round is enqueued, and let the current stream wait for that.
@@ -176,7 +178,12 @@ class DeviceInPlace:
             stream = self.array.device.current_stream()
             if stream not in self._joined:
                 self._joined.add(self.staging.join_stream())
-        self._raise()
+
+    def _end_all(self) -> None:
+        """End the rounds under way; what they refused is still to be raised."""
+        self._join()
+        for mailbox in self.lanes.oldest_first(self.position):
+            self._end(mailbox)
 
     def _raise(self) -> None:
         refused, self._refused = self._refused, None
@@ -186,21 +193,24 @@ class DeviceInPlace:
     def wait(self) -> None:
         """The current stream may read the array, in what it is given from now on."""
         self._join()
+        self._raise()
 
     def settle(self) -> None:
         """The current stream may write the array, in what it is given from now on."""
         self._join()
+        self._raise()
 
     def finish(self) -> None:
         """End the rounds under way; returns once the device is done with them."""
-        self.settle()
-        for mailbox in self.lanes.oldest_first(self.position):
-            self._end(mailbox)
+        self._end_all()
         self._raise()
 
     def average(self, collective: Collective) -> None:
-        """Finish, and replace the array by its mean over all ranks, on the host. Collective."""
-        self.finish()
+        """Finish, and replace the array by its mean over all ranks, on the host. Collective.
+
+        What was refused until then is raised at the next wait: the others are here already.
+        """
+        self._end_all()
         values = self.array.read()
         collective.average(values)
         self.array.write(values)
@@ -249,12 +259,12 @@ class DeviceHeld(DeviceInPlace):
     def wait(self) -> None:
         """Nothing: a round that is held changes nothing."""
 
-    def settle(self) -> None:
+    def _join(self) -> None:
         """Let the round mix behind what the current stream holds, and that stream wait for it."""
         if self.open:
             self.staging.unheld()
             self.group.engine.unhold(self.mailbox)
-        self._join()
+        super()._join()
 
     def state(self) -> State:
         """The step of the round under way, which a resumed run posts again."""

@@ -35,11 +35,19 @@ class Meter:
         if item(index, w.TO) >= 0:
             self.nbytes += item(index, w.NBYTES)
 
-    def wait(self, group: Group, mailbox: Mailbox, what: str, steps_late: int = 0) -> float | None:
+    def wait(
+        self,
+        group: Group,
+        mailbox: Mailbox,
+        what: str,
+        steps_late: int = 0,
+        step: int | None = None,
+    ) -> float | None:
         """Wait for the round of `mailbox`; the squared distance of what was mixed.
 
         None where a change of members broke the round off, or left it out. what: the kind of
-        payload. `NonFiniteError` with the policy ``"raise"``.
+        payload. step: in which it was posted, if that is not this one. `NonFiniteError` with the
+        policy ``"raise"``.
         """
         start = time.perf_counter()
         blocked = group.engine.active(mailbox)
@@ -55,7 +63,7 @@ class Meter:
         self.mixed(item(index, w.FROM), steps_late)
         found = group.left_out(mailbox)
         if found:
-            self.quarantine.left_out(group.rank, found, what)
+            self.quarantine.left_out(group.rank, found, what, step)
         return float(group.engine.floats.item(index, w.DISTANCE))
 
     def launched(self, group: Group, mailbox: Mailbox) -> bool:
