@@ -93,7 +93,7 @@ class Model:
     @property
     def ahead(self) -> int:
         """As `Layout.ahead`."""
-        return 1 if self.ring else max(min(self.depth, 2), self.depth // 2)
+        return 1 if self.ring else max(min(self.depth, 2), self.depth // 4)
 
     @property
     def places(self) -> int:

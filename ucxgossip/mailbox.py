@@ -55,8 +55,8 @@ SMALL = 1 << 16
 
 
 def usual_depth(nbytes: int) -> int:
-    """Slots of a mailbox for payloads of `nbytes`: 2, and for small ones up to 32 (256 KiB)."""
-    return 2 if nbytes > SMALL else min(32, 4 * SMALL // nbytes)
+    """Slots of a mailbox for payloads of `nbytes`: 2, and for small ones up to 32 (1 MiB)."""
+    return 2 if nbytes > SMALL else min(32, 16 * SMALL // nbytes)
 
 
 @jit.njit
@@ -104,9 +104,9 @@ class Layout:
     def ahead(self) -> int:
         """How many rounds before it is wanted a credit goes out, if no message has taken it along.
 
-        Half of the slots: the other half is for those that ride. In a ring one round.
+        A quarter of the slots: the others are for those that ride. In a ring one round.
         """
-        return 1 if self.ring else max(min(self.depth, 2), self.depth // 2)
+        return 1 if self.ring else max(min(self.depth, 2), self.depth // 4)
 
     @property
     def chunks(self) -> int:
