@@ -18,7 +18,6 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from images import Data, DataError, load
@@ -28,7 +27,6 @@ from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 import ucxgossip as ug
-from ucxgossip.buffer import Buffer
 
 SYNTHETIC_STEPS = 20
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -74,7 +72,6 @@ def train(args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed + 1 + group.rank)  # of dropout and of how images are cut
         sampler, loader, validation = loaders(data, group, args)
         steps = min(args.steps, len(loader))
-        means = Means(group)
         with ug.attach(model, optimizer, group, mix=args.mix, combine=args.combine) as gossip:
             for epoch in range(1, args.epochs + 1):
                 sampler.set_epoch(epoch)
@@ -85,7 +82,8 @@ def train(args: argparse.Namespace) -> None:
 
                 apart = gossip.consensus_distance()
                 gossip.synchronize()
-                loss, seconds, right, seen = means(loss, seconds, *evaluate(model, validation))
+                right, seen = evaluate(model, validation)
+                loss, seconds, right, seen = gossip.average([loss, seconds, right, seen])
                 if group.rank == 0:
                     rate = steps * args.batch * group.size / seconds
                     accuracy = f"  accuracy {100 * right / seen:.1f} %" if seen else ""
@@ -99,27 +97,13 @@ def train(args: argparse.Namespace) -> None:
                     raise Diverged(f"the loss is {loss}; try a smaller --lr")
 
 
-class Means:
-    """Means over all ranks of four numbers that each rank has of its own."""
-
-    def __init__(self, group: ug.Group) -> None:
-        self.group = group
-        self.mailbox = group.mailbox(4 * 8)
-
-    def __call__(self, *numbers: float) -> list[float]:
-        """Collective."""
-        array = np.array(numbers, np.float64)
-        self.group.run(self.mailbox, Buffer.of(array), ug.GlobalAverage(self.group.size))
-        return [float(mean) for mean in array]
-
-
 def loaders(
     data: Data, group: ug.Group, args: argparse.Namespace
 ) -> tuple[DistributedSampler[Any], DataLoader[Any], Batches]:
     """This rank's share of the training images, drawn anew each epoch, and of the validation."""
     options: dict[str, Any] = {"batch_size": args.batch, "num_workers": args.workers}
-    if args.workers:  # not forked: a process with UCX's memory and threads is not for copying
-        options |= {"multiprocessing_context": "spawn", "persistent_workers": True}
+    if args.workers:
+        options["persistent_workers"] = True
     sampler: DistributedSampler[Any] = DistributedSampler(
         data.train, group.size, group.rank, seed=args.seed, drop_last=True
     )

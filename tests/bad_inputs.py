@@ -399,6 +399,14 @@ CASES: tuple[Case, ...] = (
     Case("attach", "ug.attach(copy.deepcopy(model), optimizer, group)", M),
     Case("attach", attach(""), "AlreadyAttachedError", before=f"gossip = {attach('')}"),
     Case("attach", attach(""), M, before="model.requires_grad_(False)"),
+    Case("attach", attach("scaler=torch.amp.GradScaler"), A),
+    Case(
+        "attach",
+        "optimizer.step()",
+        M,
+        before=f"model[2].requires_grad_(False); gossip = {attach('')}; "
+        "model[2].requires_grad_(True)",
+    ),
     Case("attach", attach(""), R, before="model.half()"),
     Case(
         "attach",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import ucxgossip
 from ucxgossip import doctor, trust
 from ucxgossip.cli import main
 from ucxgossip.doctor import advise, parse_protocols
@@ -175,6 +176,14 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         main(command)
     assert ended.value.code == 0
     assert "usage: ucxgossip" in capsys.readouterr().out
+
+
+def test_version_and_nothing_at_all(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"ucxgossip {ucxgossip.__version__}\n"
+    assert main([]) == 2
+    assert "COMMAND" in capsys.readouterr().err
 
 
 def test_token(capsys: pytest.CaptureFixture[str]) -> None:

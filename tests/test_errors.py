@@ -89,6 +89,7 @@ def test_attributes_and_text() -> None:
     [
         errors.UCXError("ucp_put_nbx", -6, "ERR_UNREACHABLE", "to rank 3"),
         errors.PeerError("rank 2 left", 2),
+        errors.OutOfStepError("rank 2 has ended", 2),
         errors.ExchangeTimeoutError("waited", 1, "to put", 2.5),
         errors.RankMissingError("missing", (1, 2)),
         errors.ArrayError("bad"),

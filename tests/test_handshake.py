@@ -170,15 +170,15 @@ class Model(nn.Module):
 
 
 MODELS = {
-    "shape": r"attach: parameters.first.weight\[0\]\[0\]: rank 0 has \d, rank \d has \d",
+    "shape": r"attach: parameters.first.weight.shape\[0\]: rank 0 has \d, rank \d has \d",
     "missing": r"attach: parameters.first.bias: rank \d has it, rank \d does not",
     "name": r"attach: parameters.(second|renamed).weight: rank \d has it, rank \d does not",
     "order": r"attach: order of parameters\[0\]: rank 0 has '.*', rank \d has '.*'",
-    "dtype": r"attach: parameters.first.weight\[2\]: rank 0 has 'torch.float..', rank .*",
-    "stride": r"attach: parameters.first.weight\[1\]\[0\]: rank 0 has \d, rank \d has \d",
-    "frozen": r"attach: parameters.first.weight\[3\]: rank 0 has \w+, rank \d has \w+",
-    "shape of a buffer": r"attach: model buffers.a\[0\]\[0\]: rank 0 has \d, rank \d has \d",
-    "dtype of a buffer": r"attach: model buffers.a\[1\]: rank 0 has 'torch.*', rank .*",
+    "dtype": r"attach: parameters.first.weight.dtype: rank 0 has 'torch.float..', rank .*",
+    "stride": r"attach: parameters.first.weight.strides\[0\]: rank 0 has \d, rank \d has \d",
+    "frozen": r"attach: parameters.first.weight.requires_grad: rank 0 has \w+, rank \d has \w+",
+    "shape of a buffer": r"attach: model buffers.a.shape\[0\]: rank 0 has \d, rank \d has \d",
+    "dtype of a buffer": r"attach: model buffers.a.dtype: rank 0 has 'torch.*', rank .*",
     "order of buffers": r"attach: order of model buffers\[0\]: rank 0 has '.', rank \d has '.'",
 }
 

@@ -389,6 +389,24 @@ def test_place_is_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Place.from_environment().local_size == 8
 
 
+@pytest.mark.parametrize("size", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_tasks_of_another_launcher_are_no_jobs_of_one(
+    monkeypatch: pytest.MonkeyPatch, size: str
+) -> None:
+    monkeypatch.setenv(size, "4")
+    with pytest.raises(ArgumentError, match=rf"one of 4 tasks \({size}\).*WORLD_SIZE=\${size}"):
+        Place.from_environment()
+    assert Place.from_environment(1, 4).size == 4
+    assert Place.from_environment(0, 1).size == 1
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert Place.from_environment().rank == 2
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv(size, "1")
+    assert Place.from_environment().size == 1
+
+
 @pytest.mark.parametrize("name", [name for name in VARIABLES if name != "MASTER_ADDR"])
 @pytest.mark.parametrize("value", ["", "two", "1.5"])
 def test_variable_that_is_no_number(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:

@@ -129,12 +129,17 @@ def _numbers(option: str, text: str, kind: Callable[[str], float], example: str)
         raise ArgumentError(f"{option} {text!r}: write numbers such as {example}") from None
 
 
+def _version() -> str:
+    return str(importlib.import_module("ucxgossip").__version__)
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     top = argparse.ArgumentParser(
         prog="ucxgossip",
         description="Gossip in place of all-reduce, one-sided over UCX, for PyTorch.",
     )
+    top.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     doctor = commands.add_parser(
@@ -263,7 +268,7 @@ def _launching(commands: Any) -> None:
         epilog="Example: ucxgossip run --standalone --nproc-per-node 4 train.py. All options are "
         "torchrun's: torchrun --help lists them.",
     )
-    start.add_argument("arguments", nargs="*", metavar="...", help="what torchrun takes")
+    start.add_argument("arguments", nargs="*", metavar="ARGUMENT", help="what torchrun takes")
 
     token = commands.add_parser(
         "token",
@@ -375,6 +380,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[:1] == ["run"] and given[1:2] not in (["-h"], ["--help"], []):
         # argparse would take torchrun's options for ours.
         return run(given[2:] if given[1] == "--" else given[1:])
+    if not given:
+        parser().print_help(sys.stderr)
+        return 2
     options = parser().parse_args(given)
     if not hasattr(options, "action"):
         parser().error("run: what? Give torchrun's options and a script")

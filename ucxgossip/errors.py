@@ -21,6 +21,7 @@ GossipError
  |    +-- SignatureError                 something not signed with the job's token
  +-- ExchangeError (RuntimeError)        a round that did not end well
  |    +-- ExchangeTimeoutError (TimeoutError)  who was waited for, for what, how long
+ |    +-- OutOfStepError                 another rank ended with fewer steps
  |    +-- PeerError                      another rank left with an error
  |    +-- ExpelledError                  the others go on without this rank
  |    +-- NonFiniteError                 NaN or Inf in what was to be mixed
@@ -155,6 +156,17 @@ class ExchangeTimeoutError(ExchangeError, TimeoutError):
 
     def __init__(self, message: str, rank: int, what: str, seconds: float) -> None:
         self.rank, self.what, self.seconds = rank, what, seconds
+        super().__init__(message)
+
+
+class OutOfStepError(ExchangeError):
+    """This rank goes on where another one has ended: they took unequally many steps.
+
+    Attributes: `rank` that has ended.
+    """
+
+    def __init__(self, message: str, rank: int) -> None:
+        self.rank = rank
         super().__init__(message)
 
 

@@ -58,11 +58,14 @@ def check_usable() -> None:
         raise ForkError(f"this process was forked after join(). {_ADVICE}.")
 
 
-def gone(what: str, forked: bool) -> GossipError:
-    """The error of using `what` after its `close()`, or in a child that inherited it."""
+def gone(what: str, forked: bool, hint: str = "") -> GossipError:
+    """The error of using `what` after its `close()`, or in a child that inherited it.
+
+    hint: what to do after its `close()`.
+    """
     if forked:
         return ForkError(f"{what} belongs to the process that this one was forked from. {_ADVICE}.")
-    return ClosedError(f"{what} is closed")
+    return ClosedError(f"{what} is closed" + (f"; {hint}" if hint else ""))
 
 
 def never_freed(inherited: object) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import hashlib
+import logging
 import os
 import platform
 import select
@@ -37,6 +38,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _cfunc: Any = numba.cfunc
 _config: Any = numba.config
+_LOG = logging.getLogger("ucxgossip")
 
 
 INTERPRETED = bool(_config.DISABLE_JIT)
@@ -537,6 +539,14 @@ _DIGEST = _digest()
 """Of the sources that this process has imported, or does: they may change while it runs."""
 
 
+def _clear(folders: set[Path]) -> None:
+    """Remove what was compiled from other sources."""
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in (*folder.glob("*.nb[ic]"), *folder.glob("ucxgossip-*.warm")):
+            stale.unlink(missing_ok=True)
+
+
 @contextmanager
 def warm_up(*compiled: Any, part: str = "core") -> Iterator[None]:
     """Run the first calls of `compiled` functions so that one process of a machine compiles.
@@ -560,10 +570,10 @@ def warm_up(*compiled: Any, part: str = "core") -> Iterator[None]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if marker.exists():
             fcntl.flock(lock, fcntl.LOCK_UN)
-        elif not any(marker.parent.glob(f"ucxgossip-{_DIGEST}-*.warm")):
-            for folder in folders:
-                folder.mkdir(parents=True, exist_ok=True)
-                for stale in (*folder.glob("*.nb[ic]"), *folder.glob("ucxgossip-*.warm")):
-                    stale.unlink(missing_ok=True)
+        else:
+            level = logging.WARNING if part == "core" else logging.INFO  # for who sits and waits
+            _LOG.log(level, "compiling, once for this machine: up to a minute (%s)", marker.parent)
+            if not any(marker.parent.glob(f"ucxgossip-{_DIGEST}-*.warm")):
+                _clear(folders)
         yield
         marker.touch()

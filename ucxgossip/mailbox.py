@@ -222,6 +222,7 @@ class Mailbox:
         self.retired: list[MemoryRegion] = []
         self.staging: MemoryRegion | None = None
         self.credited: dict[int, int] = {}
+        self.what = self.owner = ""  # what it carries, and for what model, for messages
         self.ahead: dict[int, Round] = {}
         self.itinerary: Any = None
         self.asked: tuple[object, ...] = ()

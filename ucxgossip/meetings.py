@@ -300,7 +300,14 @@ class Meetings(Guests):
         layout = self._layout_of(nbytes, depth, ring)
         name = self.label(self._naming)
         if self._look_up(lambda: name in self._unclaimed):
-            return self._claim(name, layout, may_be_ring=ring, usual=depth is None)
+            mailbox = self._claim(name, layout, may_be_ring=ring, usual=depth is None)
+        else:
+            mailbox = self._make(name, layout)
+        mailbox.owner = self._naming
+        return mailbox
+
+    def _make(self, name: str, layout: Layout) -> Mailbox:
+        """A new mailbox, or one that was given back. Collective."""
         spare = self._take_spare(layout)
         mailbox = self._open(layout) if spare is None else spare
 
@@ -309,7 +316,12 @@ class Meetings(Guests):
             row = (name, layout.nbytes, layout.depth, layout.ring, layout.chunk)
             known[mailbox.index : mailbox.index + 1] = [row]
 
-        facts = {"bytes": nbytes, "depth": layout.depth, "ring": layout.ring, "chunk": layout.chunk}
+        facts = {
+            "bytes": layout.nbytes,
+            "depth": layout.depth,
+            "ring": layout.ring,
+            "chunk": layout.chunk,
+        }
         self._compare(f"mailbox {mailbox.index}", facts, record)
         if spare is not None:
             self.restart(mailbox)

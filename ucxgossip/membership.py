@@ -87,6 +87,7 @@ class Membership:
         self._dead_after, self._patience = setup.dead_after, 2.0 * setup.dead_after + 2.0
         self._closed = False
         self._forked = False
+        self._advice = ""
         self._failure: GossipError | None = None
         self._failure_told = False
         self.members: tuple[int, ...] = tuple(range(meeting.size))
@@ -337,7 +338,7 @@ class Membership:
 
     def _check_usable(self) -> None:
         if self._closed:
-            raise forks.gone("the group", self._forked)
+            raise forks.gone("the group", self._forked, self._advice)
         if self._failure is None:
             return
         if not self._failure_told:

@@ -7,8 +7,10 @@ compiled code (`engine.itinerary`), and a stream that posts the same each step p
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -18,7 +20,13 @@ from ucxgossip.buffer import Buffer
 from ucxgossip.engine import Post, credits, itinerary
 from ucxgossip.engine import words as w
 from ucxgossip.engine.itinerary import Itinerary
-from ucxgossip.errors import ArgumentError, IntegrityError, UCXError
+from ucxgossip.errors import (
+    ArgumentError,
+    ExchangeTimeoutError,
+    IntegrityError,
+    OutOfStepError,
+    UCXError,
+)
 from ucxgossip.mailbox import Mailbox
 from ucxgossip.membership import Setup
 from ucxgossip.partners import Partners
@@ -27,6 +35,10 @@ from ucxgossip.ucp import ops
 from ucxgossip.ucp.lib import status_name
 
 _SLICE = 1.0
+
+_ASK_S, _ANSWER_S = 2.0, 0.25
+"""After how many seconds of waiting, and twice that and so on, a partner is asked whether it has
+ended what is waited for, and how long for its answer."""
 _FORESEEN = 512
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
@@ -228,12 +240,15 @@ class Posting(Partners):
         if mailbox.alone:
             return False
         limit = self.timeout if timeout is None else timeout
-        start = time.monotonic()
+        start, ask = time.monotonic(), _ASK_S
         while not self.engine.wait(mailbox, min(_SLICE, limit), launched):
             waited = time.monotonic() - start
             self._check_usable()
+            if waited >= ask:
+                ask *= 2
+                self._check_in_step(mailbox)
             if waited >= limit:
-                self._fail(self.engine.describe_wait(mailbox, waited))
+                self._fail(self.engine.describe_wait(mailbox, waited, self._living(waited)))
         self._check_usable()
         with self._lock:
             state, epoch = self.engine.table.item(mailbox.index, w.STATE), self.epoch
@@ -252,6 +267,38 @@ class Posting(Partners):
             error = UCXError(ops.PUT, status, status_name(status), where)
             self._doubt((to, sender), epoch, error)
         return bool(state == w.DONE or (launched and state == w.ACTIVE))
+
+    def ended(self, owner: str) -> None:
+        """No more rounds of `owner`'s mailboxes, all of which have ended: told to who asks."""
+        if self._warden is not None:
+            boxes = [each.index for each in self.engine.mailboxes if each.owner == owner]
+            last = {index: self.engine.table.item(index, w.ROUND) for index in boxes}
+            self._warden.offer(f"ended {owner}", json.dumps(last).encode())
+
+    def _check_in_step(self, mailbox: Mailbox) -> None:
+        """`OutOfStepError` if a partner has ended without the round that is under way here."""
+        item, index = self.engine.table.item, mailbox.index
+        for rank in {item(index, w.TO), item(index, w.FROM)}:
+            if self._warden is None or rank == self.rank or rank not in self.members:
+                continue
+            with suppress(ExchangeTimeoutError):
+                found = self._warden.fetch(rank, f"ended {mailbox.owner}", _ANSWER_S)
+                last = json.loads(found).get(str(index)) if found else None
+                if last is not None and last < item(index, w.ROUND):
+                    self._fail(
+                        OutOfStepError(
+                            f"rank {rank} has ended its training ({mailbox.owner}), and rank "
+                            f"{self.rank} waits for its {mailbox.what or 'part'} of a step more. "
+                            "All ranks take equally many steps: DistributedSampler(drop_last="
+                            "True), gossip.shuffled() or gossip.skip_step() keep them so",
+                            rank,
+                        )
+                    )
+
+    def _living(self, waited: float) -> tuple[int, ...]:
+        """Ranks that were heard of within the last `waited` seconds, for sure."""
+        heard = self._warden is not None and waited > self._dead_after
+        return self.members if heard else ()
 
     def fail_corrupt(self, mailbox: Mailbox, sender: int, number: int, chunk: int) -> NoReturn:
         """Break off: `chunk` of round `number`, put by `sender`, is not what its checksum says."""

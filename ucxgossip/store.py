@@ -67,6 +67,8 @@ class Place:
     @classmethod
     def from_environment(cls, rank: int | None = None, size: int | None = None) -> Place:
         """RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, LOCAL_WORLD_SIZE; arguments go first."""
+        if rank is None and size is None and not {"RANK", "WORLD_SIZE"} & set(os.environ):
+            _refuse_other_launchers()
         rank = _whole("RANK", 0) if rank is None else rank
         size = _whole("WORLD_SIZE", 1) if size is None else size
         for name, value in (("rank", rank), ("world size", size)):
@@ -123,6 +125,26 @@ def _source_address(towards: str) -> str:
             f"this host does not know from which address it reaches {towards}: {error.strerror}. "
             "Correct MASTER_ADDR, or set UCXGOSSIP_HOST to the address at which the others reach it"
         ) from error
+
+
+_LAUNCHERS = {
+    "SLURM_STEP_NUM_TASKS": "SLURM_PROCID",
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "PMI_SIZE": "PMI_RANK",
+}
+"""Where srun, Open MPI's mpirun and MPICH's say how many tasks they started, and which this is."""
+
+
+def _refuse_other_launchers() -> None:
+    """`ArgumentError` in one of several tasks that would each be a job of its own."""
+    for size, rank in _LAUNCHERS.items():
+        if _whole(size, 1) > 1:
+            raise ArgumentError(
+                f"this is one of {os.environ[size]} tasks ({size}), but neither RANK nor "
+                "WORLD_SIZE is set, so that each would train alone. Export "
+                f"RANK=${rank} WORLD_SIZE=${size} MASTER_ADDR=<host of rank 0> in each task, "
+                "start torchrun on each host instead, or pass rank= and size= to join()"
+            )
 
 
 def _whole(name: str, default: int) -> int:

@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -573,8 +573,13 @@ class Engine:
         chunk = int(row[w.ROUND]) * mailbox.layout.chunks + int(row[w.PUT])
         return int(mailbox.credits[int(row[w.TO])]) <= chunk
 
-    def describe_wait(self, mailbox: Mailbox, seconds: float) -> ExchangeTimeoutError:
-        """The error that says whom this mailbox's round waits for, for what, and how long."""
+    def describe_wait(
+        self, mailbox: Mailbox, seconds: float, living: Collection[int] = ()
+    ) -> ExchangeTimeoutError:
+        """The error that says whom this mailbox's round waits for, for what, and how long.
+
+        living: ranks that are known to be alive.
+        """
         row = self.table[mailbox.index]
         to, sender = int(row[w.TO]), int(row[w.FROM])
         parts = int(row[w.PARTS])
@@ -595,10 +600,21 @@ class Engine:
             rank, what = to, f"to take chunk {int(row[w.SENT]) + 1} of {parts}"
         else:
             rank, what = sender, f"to put chunk {int(row[w.MIXED]) + 1} of {parts}"
+        if rank == self.rank:
+            advice = "If the device is only slow"
+        elif rank in living:
+            advice = (
+                f"Rank {rank} is alive, and has not come as far: do all ranks take equally many "
+                "steps and make the same collective calls (skip_step() and shuffled() are for "
+                "ranks with fewer batches)? If it is only slow (compiling, writing a checkpoint)"
+            )
+        else:
+            advice = f"Is rank {rank} alive? If it is only slow (compiling, writing a checkpoint)"
+        payload = f", {mailbox.what}" if mailbox.what else ""
         return ExchangeTimeoutError(
-            f"rank {self.rank} waited {seconds:.1f} s for rank {rank} {what}, round "
-            f"{int(row[w.ROUND])} of mailbox {mailbox.index}. Is rank {rank} alive? If it is only "
-            "slow (compiling, writing a checkpoint), raise join(timeout=...).",
+            f"rank {self.rank} waited {seconds:.1f} s for rank {rank} {what} (round "
+            f"{int(row[w.ROUND])} of mailbox {mailbox.index}{payload}). {advice}, raise "
+            "join(timeout=...).",
             rank,
             what,
             seconds,

@@ -94,7 +94,7 @@ class DeviceInPlace:
         self.group, self.array, self.schedule, self.meter = group, array, schedule, meter
         self.buffer = array.buffer
         serve(group)
-        self.lanes = Lanes.sharing(group, self.buffer.nbytes, lanes)
+        self.lanes = Lanes.sharing(group, self.buffer.nbytes, lanes, what)
         self.stagings = {
             mailbox.index: group.engine.equip(mailbox, array.device)
             for mailbox in self.lanes.mailboxes

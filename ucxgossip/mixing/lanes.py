@@ -19,18 +19,20 @@ from ucxgossip.mailbox import Mailbox
 
 
 class Lanes:
-    """`mailboxes` of `group`, in the order in which steps take them."""
+    """`mailboxes` of `group`, in the order in which steps take them. what: they carry."""
 
-    def __init__(self, group: Group, mailboxes: Sequence[Mailbox]) -> None:
+    def __init__(self, group: Group, mailboxes: Sequence[Mailbox], what: str = "") -> None:
         self.group, self.mailboxes = group, list(mailboxes)
+        for mailbox in mailboxes:
+            mailbox.what = what
 
     @classmethod
-    def sharing(cls, group: Group, nbytes: int, count: int) -> Lanes:
+    def sharing(cls, group: Group, nbytes: int, count: int, what: str = "") -> Lanes:
         """`count` new mailboxes for payloads of `nbytes`, with the slots of one among them."""
         if count == 1:
-            return cls(group, [group.mailbox(nbytes)])
+            return cls(group, [group.mailbox(nbytes)], what)
         depth = max(1, group.usual_depth(nbytes) // count)
-        return cls(group, [group.mailbox(nbytes, depth) for _ in range(count)])
+        return cls(group, [group.mailbox(nbytes, depth) for _ in range(count)], what)
 
     def __len__(self) -> int:
         return len(self.mailboxes)

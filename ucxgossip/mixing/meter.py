@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from ucxgossip.engine import words as w
+from ucxgossip.errors import ExchangeTimeoutError
 from ucxgossip.group import Group
 from ucxgossip.mailbox import Mailbox
 from ucxgossip.quarantine import Quarantine
@@ -49,13 +50,7 @@ class Meter:
         payload. step: in which it was posted, if that is not this one. `NonFiniteError` with the
         policy ``"raise"``.
         """
-        start = time.perf_counter()
-        blocked = group.engine.active(mailbox)
-        whole = group.wait(mailbox)
-        if blocked:
-            self.waits += 1
-            self.wait_s += time.perf_counter() - start
-        if not whole:
+        if not self._wait(group, mailbox, blocked=group.engine.active(mailbox)):
             self.broken += 1
             return None
         item, index = group.engine.table.item, mailbox.index
@@ -71,9 +66,16 @@ class Meter:
 
         False where a change of members broke the round off, or left it out; `wait` counts that.
         """
-        start = time.perf_counter()
         blocked = not group.engine.launched(mailbox)
-        whole = group.wait(mailbox, launched=True)
+        return self._wait(group, mailbox, blocked, launched=True)
+
+    def _wait(self, group: Group, mailbox: Mailbox, blocked: bool, launched: bool = False) -> bool:
+        start = time.perf_counter()
+        try:
+            whole = group.wait(mailbox, launched=launched)
+        except ExchangeTimeoutError as error:
+            error.add_note(f"This rank has taken {self.quarantine.step} optimizer steps.")
+            raise
         if blocked:
             self.waits += 1
             self.wait_s += time.perf_counter() - start

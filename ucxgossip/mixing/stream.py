@@ -115,7 +115,7 @@ class InPlace:
         self.what = what
         self.group, self.buffer, self.schedule, self.meter = group, buffer, schedule, meter
         self.array = array_of(buffer)
-        self.lanes = Lanes.sharing(group, buffer.nbytes, lanes)
+        self.lanes = Lanes.sharing(group, buffer.nbytes, lanes, what)
         self.mailbox = self.lanes.at(position)  # of the last round
         self.position = position
         self.open = False
@@ -276,7 +276,7 @@ class Stale:
             )
             for _ in range(lateness)
         ]
-        self.lanes = Lanes(group, [flight.mailbox for flight in self._flights])
+        self.lanes = Lanes(group, [flight.mailbox for flight in self._flights], what)
 
     def begin(self) -> None:
         """Nothing: the first round follows the first step."""

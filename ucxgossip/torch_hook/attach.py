@@ -24,7 +24,7 @@ from ucxgossip.torch_hook.bucket import partition
 from ucxgossip.torch_hook.device import check_modes, device_of
 from ucxgossip.torch_hook.gossip import MARK, Gossip
 from ucxgossip.torch_hook.noise import check_noise_correction
-from ucxgossip.torch_hook.scaler import Scaler
+from ucxgossip.torch_hook.scaler import Scaler, check_scaler
 from ucxgossip.torch_hook.state import check_optimizer_state
 
 BUCKET_BYTES = 1 << 22
@@ -105,6 +105,7 @@ def attach(
     device = device_of([*model.named_parameters(), *model.named_buffers()])
     if device is not None:
         check_modes(modes, device)
+    check_scaler(scaler)
     if modes.optimizer_state:
         check_optimizer_state(optimizer)
     if modes.noise_correction:
@@ -170,10 +171,18 @@ def _facts(
         "schedule": schedule.describe(),
         "bucket bytes": bucket_bytes,
         "parameters": {
-            name: [list(p.shape), list(p.stride()), str(p.dtype), p.requires_grad]
+            name: {
+                "shape": list(p.shape),
+                "strides": list(p.stride()),
+                "dtype": str(p.dtype),
+                "requires_grad": p.requires_grad,
+            }
             for name, p in model.named_parameters()
         },
         "order of parameters": names,
-        "model buffers": {name: [list(b.shape), str(b.dtype)] for name, b in model.named_buffers()},
+        "model buffers": {
+            name: {"shape": list(b.shape), "dtype": str(b.dtype)}
+            for name, b in model.named_buffers()
+        },
         "order of model buffers": [name for name, _ in model.named_buffers()],
     }

@@ -160,15 +160,12 @@ class Bucket:
             if flat is not None:
                 flat.give_back(group)
 
-    def check_in_place(self) -> None:
-        """`ModelError` if a parameter's data is no longer where `adopt` put it."""
+    def moved(self) -> torch.nn.Parameter | None:
+        """A parameter whose data is no longer where `adopt` put it, if there is one."""
         for parameter, place in zip(self.parameters, self._places, strict=True):
             if parameter.data_ptr() != place:
-                raise ModelError(
-                    f"a parameter of shape {tuple(parameter.shape)} was given other memory after "
-                    "attach (model.to(), .double(), .data = ...), so "
-                    "it would no longer be averaged; detach() before, attach() again after"
-                )
+                return parameter
+        return None
 
     def reset_gradients(self, held: set[int]) -> None:
         """Zero gradients in place of dropping them, so that backward writes here.

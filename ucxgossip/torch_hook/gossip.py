@@ -9,16 +9,19 @@ are put and averaged under the next forward, where each module waits for its own
 from __future__ import annotations
 
 import io
+import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, NoReturn, Protocol, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ucxgossip.device import Device
-from ucxgossip.errors import ArgumentError, ClosedError, GossipError
+from ucxgossip.errors import ArgumentError, ClosedError, GossipError, ModelError
 from ucxgossip.group import Group
 from ucxgossip.members import ANY
 from ucxgossip.mixing import Modes
@@ -27,12 +30,15 @@ from ucxgossip.torch_hook.exchange import Exchange
 from ucxgossip.torch_hook.forward import Forward, Hook
 from ucxgossip.torch_hook.gradients import Gradients
 from ucxgossip.torch_hook.noise import NoiseCorrection
+from ucxgossip.torch_hook.oversight import LeftOut, OtherOptimizers
 from ucxgossip.torch_hook.scaler import Scaler, Watch
 from ucxgossip.torch_hook.shuffle import Shuffled
 from ucxgossip.torch_hook.snapshot import Snapshots
 
 MARK = "_ucxgossip"
 """Attribute by which parameters and optimizers know that they are attached."""
+
+_LOG = logging.getLogger("ucxgossip")
 
 
 class Writer(Protocol):
@@ -67,6 +73,7 @@ class Gossip:
         self._detaching = threading.RLock()
         self._shuffled: list[tuple[Iterable[Any], Shuffled]] = []
         self._epochs: list[int] = []
+        self._told_of_loaders = False
         self._devices = group.suit_devices(label, device is not None)
         with group.naming(label):
             self._exchange = Exchange(
@@ -149,6 +156,8 @@ class Gossip:
         plain = type(self.optimizer).zero_grad is torch.optim.Optimizer.zero_grad
         self._plain_zero_grad = plain and self._own_zero_grad is None
         self._all = {id(p) for bucket in self._buckets for p in bucket.parameters}
+        self._left_out = LeftOut(self.model, self.optimizer, self._all)
+        keep(OtherOptimizers(self.optimizer, self._all, self._exchange.settle))
         if self._gradients.travel:
             self.optimizer.zero_grad = self._zero_grad  # type: ignore[method-assign]
         if self._scaler is not None:
@@ -186,10 +195,12 @@ class Gossip:
 
     def _before_step(self, _: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._check_attached()
+        self._left_out.check()
         self.group.rest(self._clock)
         self._gradients.check_ended()
         for bucket in self._buckets:
-            bucket.check_in_place()
+            if (moved := bucket.moved()) is not None:
+                self._refuse(moved)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0]: optimizer
         if self._noise is not None and closure is not None:
             raise ArgumentError(
@@ -199,6 +210,14 @@ class Gossip:
         self._exchange.settle()
         if self._noise is not None and self._gradients.went_backward:
             self._noise.before_step()
+
+    def _refuse(self, moved: torch.nn.Parameter) -> NoReturn:
+        names = (name for name, each in self.model.named_parameters() if each is moved)
+        name = next(names, f"a parameter of shape {tuple(moved.shape)}")
+        raise ModelError(
+            f"{name} was given other memory after attach (model.to(), .double(), .data = ...), so "
+            "it would no longer be averaged; detach() before, attach() again after"
+        )
 
     def _after_step(self, *_: object) -> None:
         if self._noise is not None:
@@ -220,14 +239,18 @@ class Gossip:
             self._snapshots.between_steps()
 
     def _before_state_dict(self, *_: object) -> None:
-        if not self.group.failed:  # after a failure nothing moves any more: an emergency checkpoint
+        if not self._over:  # nothing moves any more: an emergency checkpoint
             self.wait()
 
     def _before_optimizer_state(self, *_: object) -> None:
         if self._noise is not None:
             self._noise.restore()
-        if not self.group.failed:
+        if not self._over:
             self._exchange.settle_state()
+
+    @property
+    def _over(self) -> bool:
+        return self.group.failed or self.group.closed
 
     # --- what a user calls ---------------------------------------------------------------------
 
@@ -247,10 +270,12 @@ class Gossip:
     def wait(self) -> None:
         """Block until every weight round under way has ended; the parameters are whole then.
 
-        The hooks do so before a forward and a ``state_dict()``; call it before reading parameters
-        by other ways (``model.parameters()``, a metric on weights). Under push-sum it takes in what
-        has come, and waits for nobody. Under ``"awc"`` and with staleness there is nothing to wait
-        for: the weights change in the step only, and may not be written by others between steps.
+        The hooks do so before a forward and a ``state_dict()``; call it before reading or writing
+        parameters by other ways (``model.parameters()``, a metric on weights, a clamp after the
+        step): what is written while a round is under way is lost or torn. Under push-sum it takes
+        in what has come, and waits for nobody. Under ``"awc"`` and with staleness there is nothing
+        to wait for: the weights change in the step only, and may not be written by others between
+        steps.
         """
         self._check_attached()
         self._exchange.wait()
@@ -274,12 +299,21 @@ class Gossip:
         Each rank trains on the batches of all, so that shards may be skewed; over an epoch every
         sample is seen once. ``for x, y in gossip.shuffled(loader)`` is one epoch; the same loader
         gives the same `Shuffled`. A rank that gets no batch in a step takes part by `skip_step`:
-        where several batches make a step, give all ranks equally many.
+        where several batches make a step, give all ranks equally many. A progress bar goes
+        outside, ``tqdm(gossip.shuffled(loader))``: another loader object is another ring, which
+        begins with epoch 0 and is kept until `detach`.
         """
         self._check_attached()
         for known, shuffled in self._shuffled:
             if known is loader:
                 return shuffled
+        if self._shuffled and not self._told_of_loaders:
+            self._told_of_loaders = True
+            _LOG.warning(
+                "shuffled() got another loader than before: each has a ring of its own, from "
+                "epoch 0 on. If it is the same data each epoch, pass the same object: "
+                "tqdm(gossip.shuffled(loader)), not gossip.shuffled(tqdm(loader))"
+            )
         made = Shuffled(self.group, loader, self.skip_step)
         if len(self._shuffled) < len(self._epochs):
             made.epoch = self._epochs[len(self._shuffled)]
@@ -295,6 +329,19 @@ class Gossip:
         """
         self.wait()
         return self._exchange.collective.consensus_distance(self._exchange.arrays)
+
+    def average(self, values: Sequence[float] | NDArray[Any] | torch.Tensor) -> NDArray[np.float64]:
+        """The mean of all ranks' `values`, of equal shape, such as losses or counts. Collective.
+
+        In float64, and the same on all ranks to rounding; for a log line, as `consensus_distance`.
+        A rank that has a NaN or an infinity among them counts only with ``nonfinite="allow"``, and
+        gets the mean of the others.
+        """
+        self._check_attached()
+        given = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else values
+        found = np.array(given, np.float64)
+        self._exchange.collective.average(found.reshape(-1))
+        return found
 
     def synchronize(self) -> None:
         """Replace the weights and the float buffers by their mean over all ranks. Collective.
@@ -419,12 +466,13 @@ class Gossip:
     def _detach(self) -> None:
         self._snapshots.close()
         self.group.end_model(self.label, self._clock)
-        usable = not (self.group.failed or self.group.closed)
+        usable = not self._over
         try:
             if usable:
                 for _, shuffled in self._shuffled:
                     shuffled.close()
                 self._exchange.finish()
+                self.group.ended(self.label)
         except GossipError as error:
             self.group.abort(str(error))
             raise

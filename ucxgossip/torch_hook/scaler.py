@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 
+from ucxgossip.errors import ArgumentError
+
 
 class Scaler(Protocol):
     """What is used of ``torch.amp.GradScaler``."""
@@ -24,6 +26,14 @@ class Scaler(Protocol):
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         """Step the optimizer, unless a gradient is infinite."""
+
+
+def check_scaler(scaler: object) -> None:
+    """`ArgumentError` for what is no `GradScaler` (nor None), its class among it."""
+    calls = ("is_enabled", "get_scale", "step")
+    wrong = isinstance(scaler, type) or not all(callable(getattr(scaler, c, None)) for c in calls)
+    if scaler is not None and wrong:
+        raise ArgumentError(f"scaler is {scaler!r}; pass the GradScaler that steps, or None")
 
 
 class Watch:

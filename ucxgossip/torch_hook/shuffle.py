@@ -89,6 +89,7 @@ class Ring:
         self.sent = [Payload(group, packing) for _ in range(2)]
         self.came = Payload(group, packing)
         self.mailbox = group.mailbox(packing.nbytes, depth=1)
+        self.mailbox.what = "samples"
         self.schedule = Turning(group.size)
         self.under_way, self.stays = False, False
         # Now, and not in the first steps: a rank that has left by then cannot be connected to,

@@ -1,0 +1,117 @@
+"""Mistakes of a training loop that no round would show: parameters or optimizers left out.
+
+What trains without being in a bucket is averaged with nobody, and neither the loss nor
+`consensus_distance`, which looks at the buckets, would tell. Both are looked for at the optimizer's
+step, where a look costs about a microsecond.
+
+Rejected: walking the model in each step (100 to 200 us for a ResNet-50); taking up parameters that
+are unfrozen later (buckets and mailboxes are laid out once, on all ranks alike).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from ucxgossip.errors import ModelError
+
+_LOG = logging.getLogger("ucxgossip")
+
+
+def _counts(optimizer: torch.optim.Optimizer) -> tuple[int, ...]:
+    """How many parameters its groups have, which changes where any is added."""
+    return tuple(len(group["params"]) for group in optimizer.param_groups)
+
+
+class LeftOut:
+    """Parameters of `model` that `optimizer` trains and that are not among `taken` (ids)."""
+
+    def __init__(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, taken: set[int]
+    ) -> None:
+        self._model, self._optimizer, self._taken = model, optimizer, taken
+        self._seen: tuple[int, ...] = ()
+        self._others: list[torch.nn.Parameter] = []
+
+    def check(self) -> None:
+        """`ModelError` that names them, if there are any."""
+        counts = _counts(self._optimizer)
+        if counts != self._seen:
+            self._seen = counts
+            self._others = [
+                parameter
+                for group in self._optimizer.param_groups
+                for parameter in group["params"]
+                if id(parameter) not in self._taken
+            ]
+        if any(parameter.requires_grad for parameter in self._others):
+            self._look()
+
+    def _look(self) -> None:
+        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        self._others = [each for each in self._others if id(each) in names]  # not another model's
+        found = [names[id(each)] for each in self._others if each.requires_grad]
+        if found:
+            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+            raise ModelError(
+                f"{', '.join(found[:3])}{more}: unfrozen or added after attach, so averaged with "
+                "nobody. Call detach() before such a change, on all ranks, and attach() again "
+                "after it"
+            )
+
+
+class OtherOptimizers:
+    """Notices steps of optimizers that are not attached, and hold parameters among `taken` (ids).
+
+    Before such a step the rounds under way end (`settle`), as before a step of `optimizer`'s: it
+    writes what they read and mix. Two in a row are warned of, since no exchange follows them.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, taken: set[int], settle: Callable[[], None]
+    ) -> None:
+        self._optimizer, self._taken, self._settle = optimizer, taken, settle
+        self._known: WeakKeyDictionary[torch.optim.Optimizer, tuple[tuple[int, ...], bool]]
+        self._known = WeakKeyDictionary()
+        self._in_a_row = 0
+        self._told = False
+        self._handle: Any = register_optimizer_step_pre_hook(self._before)
+
+    def remove(self) -> None:
+        """Look no more."""
+        self._handle.remove()
+
+    def _before(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if optimizer is self._optimizer:
+            self._in_a_row = 0
+            return
+        if not self._shares(optimizer):
+            return
+        self._in_a_row += 1
+        if self._in_a_row > 1 and not self._told:
+            self._told = True
+            _LOG.warning(
+                "%s steps the model that was attached with another optimizer (%s), which does "
+                "not: only the attached one's steps are followed by exchanges. Attach the one "
+                "that steps; of several, the last",
+                *(type(each).__name__ for each in (optimizer, self._optimizer)),
+            )
+        self._settle()
+
+    def _shares(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether it holds a parameter of ours."""
+        counts = _counts(optimizer)
+        known = self._known.get(optimizer)
+        if known is None or known[0] != counts:
+            shares = any(
+                id(parameter) in self._taken
+                for group in optimizer.param_groups
+                for parameter in group["params"]
+            )
+            known = self._known[optimizer] = counts, shares
+        return known[1]
