@@ -11,9 +11,9 @@ are unfrozen later (buckets and mailboxes are laid out once, on all ranks alike)
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
-from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -80,13 +80,14 @@ class OtherOptimizers:
         self._known = WeakKeyDictionary()
         self._in_a_row = 0
         self._told = False
-        self._handle: Any = register_optimizer_step_pre_hook(self._before)
+        _watch(self, True)
 
     def remove(self) -> None:
         """Look no more."""
-        self._handle.remove()
+        _watch(self, False)
 
-    def _before(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def before(self, optimizer: torch.optim.Optimizer) -> None:
+        """`optimizer` is about to step."""
         if optimizer is self._optimizer:
             self._in_a_row = 0
             return
@@ -115,3 +116,26 @@ class OtherOptimizers:
             )
             known = self._known[optimizer] = counts, shares
         return known[1]
+
+
+# torch iterates over its global hooks in each step of each thread: one hook, which stays. A model
+# that is forgotten without detach() must not live on here.
+_watching: tuple[ref[OtherOptimizers], ...] = ()
+_changing = threading.Lock()
+
+
+def _watch(one: OtherOptimizers, more: bool) -> None:
+    global _watching
+    with _changing:
+        others = tuple(each for each in _watching if each() not in (None, one))
+        _watching = (*others, ref(one)) if more else others
+
+
+def _before_any_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    for each in _watching:
+        watcher = each()
+        if watcher is not None:
+            watcher.before(optimizer)
+
+
+register_optimizer_step_pre_hook(_before_any_step)
