@@ -190,6 +190,12 @@ def _facts(context: Context, tuning: Constants) -> dict[str, object]:
 class Group(Blocking):
     """The ranks of a job and what goes between them. Made by `join`.
 
+    For users: `rank` and `size`; `members`, the ranks that live, and `epoch`, which counts the
+    changes of them; `losses` and `arrivals`, the ranks that left and came, with epoch and time;
+    `timeout` in seconds, which may be set; `exchange`, `allocate` and `mailbox` for arrays without
+    torch, and `nonfinite`, what of them was left out; `close` and `closed`. The other methods are
+    for the floors above (CONTRIBUTING.md, "Finding your way").
+
     found: a running job, to come to as a guest; else this rank founds one. note: the key by which
     the store tells of it.
     """
