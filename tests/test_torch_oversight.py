@@ -221,9 +221,13 @@ def test_average_of_a_few_numbers(job: Job, size: int) -> None:
             found = gossip.average(given)
             assert found.shape == (2, 2) and found.dtype == np.float64
             assert (given == rank).all()
+            turned = np.asfortranarray([[0.0, rank], [10.0, 0.0]])
+            assert gossip.average(turned)[0, 1] == (size - 1) / 2
             counts = np.array([rank, 10])
             means = gossip.average(counts)
             assert counts[0] == rank
+            broken = gossip.average([np.nan if rank == 0 else 1.0, 2.0])
+            assert np.isnan(broken[0]) and broken[1] == 2.0
             return [float(found[1, 1]), *means, *gossip.average([rank, 1.5])]
 
     mean = (size - 1) / 2

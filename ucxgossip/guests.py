@@ -227,7 +227,10 @@ class Guests(Membership):
     def begin_model(self) -> None:
         """A model is about to be attached: nobody may come in between."""
         self.let_in(SHUT)
-        self._advice = "gossip.detach() gives an attached model back"
+
+    @property
+    def _advice(self) -> str:
+        return "gossip.detach() gives an attached model back" if self._clocks else ""
 
     def found_model(self, clock: Callable[[], int]) -> None:
         """Attach one more model, as all others do now."""

@@ -87,7 +87,6 @@ class Membership:
         self._dead_after, self._patience = setup.dead_after, 2.0 * setup.dead_after + 2.0
         self._closed = False
         self._forked = False
-        self._advice = ""
         self._failure: GossipError | None = None
         self._failure_told = False
         self.members: tuple[int, ...] = tuple(range(meeting.size))
@@ -335,6 +334,11 @@ class Membership:
                 )
         self._warden.leave()
         return met
+
+    @property
+    def _advice(self) -> str:
+        """What to do after `close`."""
+        return ""
 
     def _check_usable(self) -> None:
         if self._closed:

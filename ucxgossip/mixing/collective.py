@@ -93,7 +93,8 @@ class Collective:
 
         self._run(array, schedule, mix=False)
 
-    def _mean(self, array: NDArray[Any]) -> int:
+    def mean(self, array: NDArray[Any]) -> int:
+        """The mean over all ranks into the array, whatever it holds; how many ranks took part."""
         return self._run(array, lambda: self._everyone, mix=True)
 
     def average(self, array: NDArray[Any], mass: float = 1.0) -> None:
@@ -113,8 +114,8 @@ class Collective:
         elif mass != 1.0:
             values *= array.dtype.type(mass)
         share = np.array([mass])
-        self._mean(share)
-        self._mean(values)
+        self.mean(share)
+        self.mean(values)
         if abs(share[0] - 1.0) > _ROUNDING and share[0] != 0:
             values /= array.dtype.type(share[0])
         if share[0] != 0 or not left_out:
@@ -129,7 +130,7 @@ class Collective:
         The rows of ranks that are no members are zero.
         """
         values = self._with_row(row)
-        count = self._mean(values.reshape(-1))
+        count = self.mean(values.reshape(-1))
         return np.rint(values * count).astype(np.int64)
 
     def table_within(self, row: NDArray[np.int64], epoch: int) -> NDArray[np.int64] | None:
@@ -152,14 +153,14 @@ class Collective:
         apart, norm = 0.0, 0.0
         for array in arrays:
             mean = array.copy()
-            self._mean(mean)
+            self.mean(mean)
             with np.errstate(invalid="ignore"):
                 difference = (array - mean).astype(np.float64)
             apart += float(difference @ difference)
             mean = mean.astype(np.float64)
             norm += float(mean @ mean)
         spread = np.array([apart])
-        self._mean(spread)
+        self.mean(spread)
         if not math.isfinite(norm):
             return math.nan
         return math.sqrt(float(spread[0]) / norm) if norm > 0 else 0.0

@@ -334,13 +334,12 @@ class Gossip:
         """The mean of all ranks' `values`, of equal shape, such as losses or counts. Collective.
 
         In float64, and the same on all ranks to rounding; for a log line, as `consensus_distance`.
-        A rank that has a NaN or an infinity among them counts only with ``nonfinite="allow"``, and
-        gets the mean of the others.
+        One rank's NaN or infinity is everybody's: these are no weights to be kept whole.
         """
         self._check_attached()
         given = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else values
-        found = np.array(given, np.float64)
-        self._exchange.collective.average(found.reshape(-1))
+        found = np.array(given, np.float64, order="C")
+        self._exchange.collective.mean(found.reshape(-1))
         return found
 
     def synchronize(self) -> None:
