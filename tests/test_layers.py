@@ -64,7 +64,7 @@ FLOORS = {
 
 # A package's modules on one floor may import each other; beyond that, on one floor, only these.
 NEIGHBOURS = {
-    "schedule": {"errors"},
+    "schedule": {"errors", "jit"},
     "quarantine": {"errors"},
     "jit": {"errors"},
     "scattered": {"jit"},

@@ -1,5 +1,6 @@
 """ucxgossip.schedule: rounds are consistent on all ranks, and spread what they promise."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import permutations
@@ -34,6 +35,7 @@ from ucxgossip.schedule import (
     resized,
 )
 from ucxgossip.schedule.check import RANKS, STEPS
+from ucxgossip.schedule.shuffled import Shuffles
 
 SMALL = range(1, 65)
 LARGE = (100, 127, 128, 129, 511, 1000, 1023, 1024)
@@ -323,6 +325,39 @@ def test_rotated_shuffles_anew_each_period(size: int) -> None:
     schedule = Rotated(Dissemination(size), seed=11)
     shuffles = {tuple(shuffle_of(schedule, turn)) for turn in range(200)}
     assert len(shuffles) == 200
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_every_shuffle_is_as_likely_as_any_other_also_after_each_other(size: int) -> None:
+    """Chi square, of single shuffles and of pairs of neighbours, below its 0.9999 quantile."""
+    drawn = Shuffles(size, seed=3).many(np.arange(40_000))[0]
+    numbers = np.unique(drawn, axis=0, return_inverse=True)[1].reshape(-1)
+    kinds = math.factorial(size)
+    for found, of in ((numbers, kinds), (kinds * numbers[1:] + numbers[:-1], kinds**2)):
+        expected = len(found) / of
+        squares = (np.bincount(found, minlength=of) - expected) ** 2 / expected
+        freedom = of - 1
+        assert squares.sum() < freedom + 4.0 * math.sqrt(2 * freedom) + 10
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+def test_one_shuffle_and_many_are_the_same(size: int) -> None:
+    one, many_of = Shuffles(size, seed=5), Shuffles(size, seed=5)
+    spans = [np.arange(0), np.arange(3), np.arange(1, 3), np.array([70_000, 2, 2, 0])]
+    for turns in (*spans, np.array([2**62 - 1, 2**62, 2**63 - 1])):
+        ranks_at, places_of, rows = many_of.many(turns)
+        assert len(rows) == len(turns)
+        for turn, row in zip(turns.tolist(), rows.tolist(), strict=True):
+            expected = one.at(turn)
+            assert (ranks_at[row] == expected[0]).all()
+            assert (places_of[row] == expected[1]).all()
+            assert (expected[0][expected[1]] == np.arange(size)).all()
+
+
+def test_shuffles_are_those_that_other_ranks_draw() -> None:
+    """Pinned: ranks of different machines, and interpreted ones, must agree."""
+    assert Shuffles(8, seed=0).at(0)[0].tolist() == [4, 5, 3, 7, 0, 1, 2, 6]
+    assert Shuffles(5, seed=2**70).at(10**9)[0].tolist() == [2, 4, 1, 3, 0]
 
 
 def test_rotated_differs_between_seeds() -> None:

@@ -8,7 +8,7 @@ shared memory takes 4 us in all; the plain case is one compiled call).
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -29,6 +29,15 @@ from ucxgossip.ucp.memory import MemoryRegion
 _Payload = TypeVar("_Payload", NDArray[Any], Sequence[NDArray[Any]])
 
 _PAST_PAGE = 64
+_ENDED = itinerary.ENDED
+_Call = tuple[object, object, object, str, Callable[[int], int], int]
+"""What `exchange` was last called with, and how its next round is done: all that is looked at in a
+round that is laid out. Each object that is not in the cache costs where ranks outnumber cores
+(docs/performance.md)."""
+
+
+def _leave(address: int) -> int:
+    return itinerary.LEAVE
 
 
 def _identity(payload: object) -> object:
@@ -51,8 +60,14 @@ class Blocking(Posting):
         self._exchanged: dict[int, np.dtype[Any]] = {}
         self.broken = 0
         self._last_buffer: tuple[object, Buffer] | None = None
+        self._forget_call()
         self._default_schedule = Rotated(Dissemination(self.size), seed=0)
         self._checked_schedule: Schedule = self._default_schedule
+
+    def _forget_call(self) -> None:
+        """Compare the next call of `exchange` with the itinerary of its mailbox again."""
+        self._again: _Call = (object(), None, None, "", _leave, 0)
+        self._again_kept: Itinerary | None = None
 
     # --- memory --------------------------------------------------------------------------------
 
@@ -76,6 +91,7 @@ class Blocking(Posting):
         """As `Meetings.give_back`; the next exchange through it may be of another dtype."""
         super().give_back(mailbox)
         self._exchanged.pop(mailbox.index, None)
+        self._forget_call()
 
     def free(self, buffer: Buffer) -> None:
         """Deregister memory of `allocate` that no round uses any more; views of it stay valid.
@@ -111,21 +127,60 @@ class Blocking(Posting):
         infinity: ``"skip"`` leaves this rank's values as they are, counts (`nonfinite`) and warns;
         ``"raise"`` does so and raises `NonFiniteError` after the round; ``"allow"`` mixes.
         """
-        box = self._exchange_box if mailbox is None else mailbox
-        plan: Itinerary | None = getattr(box, "itinerary", None)
-        said = itinerary.LEAVE
-        if plan is not None and mix is True and not self._closed and self._failure is None:
-            payload, chosen, policy = plan.call
-            if (
-                plan.engine == self.engine.address
-                and (payload is array or (payload is None and plan.asked[0] == _identity(array)))
-                and chosen is schedule
-                and policy == nonfinite
-            ):
-                said = self.engine.exchange_next(plan.address)
-                if said == itinerary.ENDED:
-                    return array
+        payload, chosen, box, policy, following, address = self._again
+        if (
+            payload is array
+            and chosen is schedule
+            and box is mailbox
+            and policy is nonfinite
+            and mix is True
+        ):
+            said = following(address)
+            if said == _ENDED:
+                return array
+        else:
+            said = self._foreseen(array, mix, schedule, mailbox, nonfinite)
+            if said == _ENDED:
+                return array
         return self._exchange(array, mix, schedule, mailbox, nonfinite, said != itinerary.LEAVE)
+
+    def _foreseen(
+        self,
+        array: _Payload,
+        mix: bool,
+        schedule: Schedule | None,
+        mailbox: Mailbox | None,
+        nonfinite: str,
+    ) -> int:
+        """Do the next round of `exchange` if it is laid out; what became of it (`itinerary`)."""
+        plan = getattr(self._exchange_box if mailbox is None else mailbox, "itinerary", None)
+        usable = mix is True and not self._closed and self._failure is None
+        if plan is None or not usable or plan.engine != self.engine.address:
+            return itinerary.LEAVE
+        if plan.asked != self._asked(array, schedule, nonfinite):
+            return itinerary.LEAVE
+        return self._by(plan, array, schedule, mailbox, nonfinite)
+
+    def _asked(
+        self, array: _Payload, schedule: Schedule | None, nonfinite: str
+    ) -> tuple[object, ...]:
+        """What tells whether `exchange` is asked for the same again; its objects live so long."""
+        return (_identity(array), id(schedule), nonfinite, id(self))
+
+    def _by(
+        self,
+        plan: Itinerary,
+        array: _Payload,
+        schedule: Schedule | None,
+        mailbox: Mailbox | None,
+        nonfinite: str,
+    ) -> int:
+        """Do the next round of an itinerary, and remember the call where it is of one array."""
+        following = self.engine.exchange_next
+        if type(array) is np.ndarray:
+            self._again = (array, schedule, mailbox, nonfinite, following, plan.address)
+            self._again_kept = plan
+        return int(following(plan.address))
 
     def _exchange(
         self,
@@ -161,17 +216,20 @@ class Blocking(Posting):
         # A copy, not empty memory: a schedule may give this rank nobody to receive from.
         target = buffer if mix else buffer.copy()
         how = "mix" if mix else "copy"
-        number, looks = box.round - posted, mix and nonfinite != "allow"
+        looks = mix and nonfinite != "allow"
+        if mix and not posted:
+            asked = self._asked(array, schedule, nonfinite)
+            self._look_ahead(box, buffer, buffer, chosen, asked, whole=looks)
+            if box.itinerary is not None:
+                said = self._by(box.itinerary, array, schedule, mailbox, nonfinite)
+                if said == itinerary.ENDED:
+                    return array
+                posted = said != itinerary.LEAVE
+        number = box.round - posted
         if not posted:
             self.post_scheduled(
                 box, buffer, target, chosen, number, how=how, kick=False, whole=looks
             )
-            if mix:
-                asked = (_identity(array), id(schedule), nonfinite, id(self))
-                self._look_ahead(box, buffer, buffer, chosen, asked, whole=looks)
-                if box.itinerary is not None:
-                    lone = None if isinstance(array, list | tuple) else array
-                    box.itinerary.call = (lone, schedule, nonfinite)
         whole = self.wait(box)
         self.broken += not whole
         if whole and looks:

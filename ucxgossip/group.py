@@ -39,7 +39,7 @@ from ucxgossip.trust import find_token, new_token
 from ucxgossip.tuning import Tuning
 from ucxgossip.ucp.context import TRANSPORTS, Context
 
-PROTOCOL = 11
+PROTOCOL = 12
 """Raised whenever ranks of different releases could not work together."""
 
 DEFAULT_TIMEOUT = 300.0

@@ -41,6 +41,7 @@ from ucxgossip.ucp.endpoint import MAX_BLOB
 from ucxgossip.ucp.memory import MemoryRegion, RemoteKey
 
 ALIGNMENT = 64
+_FORESEEN = 64
 GUARD = 64
 GUARD_BYTE = 0xA5
 MAX_DEPTH = 1024
@@ -203,9 +204,9 @@ class Mailbox:
     may put it or has done so (kept where endpoints are closed again). `told`: the credits given,
     by rank. `ways`: what `engine.ways` keeps, by rank. `itinerary`: the next rounds, where they are
     known; `asked`: what for, the last time; `look_again`: the round from which on it is worth
-    looking ahead again. `in_flight` keeps the memory of the last round alive, which a put or a mix
-    may touch until the next one is posted. `staging`: where a payload of several arrays is brought
-    together, once there was one.
+    looking ahead again, `foreseen`: how many rounds then. `in_flight` keeps the memory of the last
+    round alive, which a put or a mix may touch until the next one is posted. `staging`: where a
+    payload of several arrays is brought together, once there was one.
     """
 
     def __init__(self, context: Context, layout: Layout) -> None:
@@ -227,6 +228,7 @@ class Mailbox:
         self.itinerary: Any = None
         self.asked: tuple[object, ...] = ()
         self.look_again = 0
+        self.foreseen = _FORESEEN
         self.in_flight: tuple[object, ...] = ()
         self._lay_out()
 

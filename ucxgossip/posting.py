@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ucxgossip.buffer import Buffer
 from ucxgossip.engine import Post, credits, itinerary
@@ -39,7 +40,9 @@ _SLICE = 1.0
 _ASK_S, _ANSWER_S = 2.0, 0.25
 """After how many seconds of waiting, and twice that and so on, a partner is asked whether it has
 ended what is waited for, and how long for its answer."""
-_FORESEEN = 512
+_FORESEEN, _LOOK_AGAIN = 2048, 32
+"""Rounds that are laid out at a time at most, and after how many it is tried again where a partner
+is new."""
 
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 OPERATIONS: dict[str, dict[np.dtype[Any], int]] = {
@@ -184,17 +187,20 @@ class Posting(Partners):
         new ranks. Round n is that of step ``stride * n + offset``; the rest is as in `post`.
         """
         before, mailbox.itinerary, mailbox.asked = mailbox.asked, None, asked
-        if before != asked or mailbox.round < mailbox.look_again or self._capped:
+        begin = max(mailbox.base, mailbox.look_again)
+        if before != asked or mailbox.round < begin or self._capped:
             return
         with self._lock:
             self.await_steady()
             first, ahead = mailbox.round, mailbox.layout.ahead
-            steps = offset + stride * np.arange(first, first + _FORESEEN + ahead)
+            steps = offset + stride * np.arange(first, first + mailbox.foreseen + ahead)
             found = many(self.living(schedule), np.full(len(steps), self.rank), steps)
-            known = np.isin(np.stack(found[:2]), [-1, *mailbox.keys]).all(axis=0)
+            known = self._reached(mailbox, found[0]) & self._reached(mailbox, found[1])
             count = len(steps) if known.all() else int(known.argmin())
             if count < len(steps):
-                mailbox.look_again = first + _FORESEEN // 16
+                mailbox.look_again = first + _LOOK_AGAIN
+            else:
+                mailbox.foreseen = min(4 * mailbox.foreseen, _FORESEEN)
             if count <= ahead:
                 return
             what = Post(
@@ -224,6 +230,15 @@ class Posting(Partners):
                 what,
                 kept,
             )
+
+    def _reached(self, mailbox: Mailbox, ranks: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of `ranks` have exchanged the mailbox's addresses with this one, or are none (-1).
+
+        A schedule of the user's own may say ranks that there are none of: those have not.
+        """
+        reached = np.zeros(self.size + 2, bool)  # the last two: there is none such, -1
+        reached[[-1, *mailbox.keys]] = True
+        return reached[np.where((ranks >= -1) & (ranks < self.size), ranks, self.size)]
 
     def wait(self, mailbox: Mailbox, timeout: float | None = None, launched: bool = False) -> bool:
         """Block until the mailbox's round has ended; drives the engine meanwhile.

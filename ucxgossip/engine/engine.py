@@ -540,6 +540,7 @@ class Engine:
     def disown(self) -> None:
         """Count as closed, in a forked child: worker and event descriptors are the parent's."""
         self._closed = self._forked = True
+        self.words[w.SHUT] = 1
         self._closing = threading.RLock()  # another thread of the parent may have held it
 
     def _close(self) -> None:

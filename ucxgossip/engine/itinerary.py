@@ -109,9 +109,6 @@ class Itinerary:
     engine, index: the address of the engine's words, and the mailbox's number. asked: what for, for
     the caller to compare. rounds: this rank's, `ahead` more than the itinerary will have. what: a
     round of them. kept: what must live as long, source and target among it.
-
-    call: what `Group.exchange` was called with (payload, or None for a list; schedule; nonfinite),
-    to be known at a glance when it is called so again.
     """
 
     def __init__(
@@ -127,7 +124,6 @@ class Itinerary:
         kept: tuple[object, ...],
     ) -> None:
         self.engine, self.asked, self.epoch, self.kept = engine, asked, epoch, kept
-        self.call: tuple[object, object, object] = (None, None, None)
         to, sender, weights = rounds
         count = len(to) - ahead
         self._partners = np.stack([to[:count], sender[:count], sender[ahead:]], axis=1)

@@ -50,7 +50,8 @@ class Dissemination:
 
     def rounds(self, ranks: NDArray[np.int64], steps: NDArray[np.int64]) -> Rounds:
         """As `schedule.many`."""
-        return shifted(self.size, ranks, 1 << (steps % self.period))
+        period = self.period
+        return shifted(self.size, ranks, 1 << (steps - steps // period * period))
 
     def describe(self) -> str:
         """``Dissemination(8)``."""
