@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ucxgossip as ug
 from torch_jobs import batch, flat, small_model, train_step
 from ucxgossip import errors
+from ucxgossip.torch_hook.oversight import MANY
 
 Job = Callable[..., list[Any]]
 F = nn.functional
@@ -134,7 +135,7 @@ def test_two_optimizers_in_turn_go_on_from_whole_weights(
     for (weights, rounds), model in zip(ends, models, strict=True):
         np.testing.assert_allclose(weights, flat(model), rtol=1e-12, atol=1e-13)
         assert rounds == 4
-    assert "attached with another optimizer" not in caplog.text
+    assert "it was attached with" not in caplog.text
 
 
 def test_an_optimizer_in_place_of_the_attached_one_is_told(
@@ -144,16 +145,33 @@ def test_an_optimizer_in_place_of_the_attached_one_is_told(
         model, unrelated = small_model(), small_model()
         attached, other = make_sgd(model), torch.optim.AdamW(model.parameters())
         with ug.attach(model, attached, group):
-            for step in range(4):
+            for step in range(2 * MANY):
                 train_step(unrelated, make_sgd(unrelated), group.rank, step)
                 train_step(model, other, group.rank, step)
         train_step(model, other, group.rank, 9)
 
     caplog.set_level(logging.WARNING)
     job(1, body)
-    told = [each.getMessage() for each in caplog.records if "steps the model" in each.getMessage()]
-    assert len(told) == 1 and "a AdamW" not in told[0]
-    assert "AdamW steps the model that was attached with another optimizer (SGD)" in told[0]
+    told = [each.getMessage() for each in caplog.records if "stepped the" in each.getMessage()]
+    assert len(told) == 1
+    expected = f"AdamW stepped the model {MANY} times, and the optimizer it was attached with (SGD)"
+    assert expected in told[0]
+
+
+def test_optimizers_that_take_turns_are_not_told_of(
+    job: Job, caplog: pytest.LogCaptureFixture
+) -> None:
+    def body(group: ug.Group) -> None:
+        model = small_model()
+        attached = make_sgd(model)
+        with ug.attach(model, attached, group):
+            for step in range(2 * MANY):
+                optimizer = attached if step % 5 == 4 else torch.optim.SGD(model.parameters(), 0.1)
+                train_step(model, optimizer, group.rank, step)
+
+    caplog.set_level(logging.WARNING)
+    job(1, body)
+    assert "it was attached with" not in caplog.text
 
 
 @pytest.mark.parametrize("scaler", [3, torch.amp.GradScaler, "scaler", object()])
@@ -235,16 +253,43 @@ def test_average_of_a_few_numbers(job: Job, size: int) -> None:
         assert found == pytest.approx([mean, mean, 10.0, mean, 1.5])
 
 
+def test_average_of_a_list_with_tensors_in_it(job: Job) -> None:
+    def body(group: ug.Group) -> list[float]:
+        model = small_model()
+        with ug.attach(model, make_sgd(model), group) as gossip:
+            loss = torch.tensor(float(group.rank), requires_grad=True)
+            half = torch.tensor([3.0], dtype=torch.bfloat16)
+            return gossip.average([loss, 2, half.sum()]).tolist() + gossip.average(half).tolist()
+
+    assert job(2, body) == [[0.5, 2.0, 3.0, 3.0]] * 2
+
+
+@pytest.mark.parametrize("counts", [(1, 2), (1, 2, 3), (2, 2, 70_000)])
+def test_average_of_unequally_many_numbers_is_an_error_on_all_ranks(
+    job: Job, counts: tuple[int, ...]
+) -> None:
+    def body(group: ug.Group) -> float:
+        model = small_model()
+        with ug.attach(model, make_sgd(model), group) as gossip:
+            with pytest.raises(errors.MismatchError, match="each must bring equally many"):
+                gossip.average(np.zeros(counts[group.rank]))
+            return float(gossip.average([1.0])[0])
+
+    assert job(len(counts), body) == [1.0] * len(counts)
+
+
 @pytest.mark.parametrize("mix", ["both", "weights"])
-@pytest.mark.parametrize("size", [2, 3])
-def test_a_rank_that_ended_earlier_is_no_rank_to_wait_for(job: Job, mix: str, size: int) -> None:
+@pytest.mark.parametrize(("size", "taken"), [(2, 2), (3, 2), (2, 0)])
+def test_a_rank_that_ended_earlier_is_no_rank_to_wait_for(
+    job: Job, mix: str, size: int, taken: int
+) -> None:
     """Long before the timeout, on all ranks."""
 
     def body(group: ug.Group) -> None:
         model = small_model(group.rank)
         optimizer = make_sgd(model)
         with ug.attach(model, optimizer, group, mix) as gossip:
-            for step in range(3 if group.rank else 2):
+            for step in range(taken + 1 if group.rank else taken):
                 train_step(model, optimizer, group.rank, step)
             gossip.wait()
 

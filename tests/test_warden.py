@@ -159,6 +159,16 @@ def test_answers_that_come_too_late_are_not_kept() -> None:
         assert not job.wardens[0]._answers
 
 
+def test_what_has_not_ended_is_answered_at_once_and_not_kept() -> None:
+    with ranks(2) as job:
+        assert job.wardens[0].fetch(1, "ended model 0", DEADLINE_S) == b""
+        assert not job.wardens[1]._wanted
+        job.wardens[1].offer("ended model 0", b"{}")
+        job.wardens[1].offer("told", b"")
+        assert job.wardens[0].fetch(1, "told", DEADLINE_S) == b""  # behind the offer
+        assert job.wardens[0].fetch(1, "ended model 0", DEADLINE_S) == b"{}"
+
+
 def test_two_threads_ask_the_same() -> None:
     with ranks(2) as job:
         warden, ends = job.wardens[0], list[Any]()

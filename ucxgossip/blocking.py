@@ -30,10 +30,10 @@ _Payload = TypeVar("_Payload", NDArray[Any], Sequence[NDArray[Any]])
 
 _PAST_PAGE = 64
 _ENDED = itinerary.ENDED
-_Call = tuple[object, object, object, str, Callable[[int], int], int]
+_Call = tuple[object, object, object, str, Callable[[int], int], int, Itinerary | None]
 """What `exchange` was last called with, and how its next round is done: all that is looked at in a
-round that is laid out. Each object that is not in the cache costs where ranks outnumber cores
-(docs/performance.md)."""
+round that is laid out. (The itinerary is kept alive by it.) Each object that is not in the cache
+costs where ranks outnumber cores (docs/performance.md)."""
 
 
 def _leave(address: int) -> int:
@@ -66,8 +66,7 @@ class Blocking(Posting):
 
     def _forget_call(self) -> None:
         """Compare the next call of `exchange` with the itinerary of its mailbox again."""
-        self._again: _Call = (object(), None, None, "", _leave, 0)
-        self._again_kept: Itinerary | None = None
+        self._again: _Call = (object(), None, None, "", _leave, 0, None)
 
     # --- memory --------------------------------------------------------------------------------
 
@@ -127,7 +126,7 @@ class Blocking(Posting):
         infinity: ``"skip"`` leaves this rank's values as they are, counts (`nonfinite`) and warns;
         ``"raise"`` does so and raises `NonFiniteError` after the round; ``"allow"`` mixes.
         """
-        payload, chosen, box, policy, following, address = self._again
+        payload, chosen, box, policy, following, address, _ = self._again
         if (
             payload is array
             and chosen is schedule
@@ -178,8 +177,7 @@ class Blocking(Posting):
         """Do the next round of an itinerary, and remember the call where it is of one array."""
         following = self.engine.exchange_next
         if type(array) is np.ndarray:
-            self._again = (array, schedule, mailbox, nonfinite, following, plan.address)
-            self._again_kept = plan
+            self._again = (array, schedule, mailbox, nonfinite, following, plan.address, plan)
         return int(following(plan.address))
 
     def _exchange(

@@ -286,8 +286,8 @@ class Posting(Partners):
     def ended(self, owner: str) -> None:
         """No more rounds of `owner`'s mailboxes, all of which have ended: told to who asks."""
         if self._warden is not None:
-            boxes = [each.index for each in self.engine.mailboxes if each.owner == owner]
-            last = {index: self.engine.table.item(index, w.ROUND) for index in boxes}
+            boxes = (each for each in self.engine.mailboxes if each.owner == owner)
+            last = {each.index: each.round - 1 for each in boxes}
             self._warden.offer(f"ended {owner}", json.dumps(last).encode())
 
     def _check_in_step(self, mailbox: Mailbox) -> None:

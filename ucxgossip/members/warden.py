@@ -56,6 +56,7 @@ class Warden(Porter):
         super().__init__(Setup(rank, host, seal, dead_after, freeze, install, expelled, aborted))
         self._offers: dict[str, tuple[int | None, bytes]] = {}
         self._answerers: dict[str, Callable[[str], bytes | None]] = {"absent": self._absent}
+        self._answerers["ended"] = self._ended
         self._wanted: list[tuple[int, Message]] = []
         self._questions = itertools.count()
         self._answers: dict[str, bytes | None] = {}
@@ -223,6 +224,10 @@ class Warden(Porter):
             if message["key"] in self._answers:  # else nobody waits for it any more
                 self._answers[message["key"]] = base64.b64decode(message["blob"])
                 self._changed.notify_all()
+
+    def _ended(self, name: str) -> bytes:
+        """What is offered as `name`, or nothing: at once, since a rank that waits asks."""
+        return self._offers.get(name, (None, b""))[1]
 
     def _absent(self, name: str) -> bytes:
         _, epoch, number = name.split()

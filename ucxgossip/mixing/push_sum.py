@@ -164,6 +164,7 @@ class PushSum:
             self._collect()
 
     def _collect(self) -> None:
+        self._weigh()  # another optimizer may have stepped since the last round
         with self.group.lock:  # what is read here, its sender must not take back
             self.group.await_steady()
             if self._epoch == self.group.epoch:

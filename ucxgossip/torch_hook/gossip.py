@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from ucxgossip.device import Device
-from ucxgossip.errors import ArgumentError, ClosedError, GossipError, ModelError
+from ucxgossip.errors import ArgumentError, ClosedError, GossipError, MismatchError, ModelError
 from ucxgossip.group import Group
 from ucxgossip.members import ANY
 from ucxgossip.mixing import Modes
@@ -39,6 +39,13 @@ MARK = "_ucxgossip"
 """Attribute by which parameters and optimizers know that they are attached."""
 
 _LOG = logging.getLogger("ucxgossip")
+
+
+def _numbers(value: Any) -> Any:
+    """A tensor of any device and type as an array; all else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().to(torch.float64).numpy()
+    return value
 
 
 class Writer(Protocol):
@@ -333,12 +340,22 @@ class Gossip:
     def average(self, values: Sequence[float] | NDArray[Any] | torch.Tensor) -> NDArray[np.float64]:
         """The mean of all ranks' `values`, of equal shape, such as losses or counts. Collective.
 
-        In float64, and the same on all ranks to rounding; for a log line, as `consensus_distance`.
-        One rank's NaN or infinity is everybody's: these are no weights to be kept whole.
+        values: numbers, an array, a tensor, or a list in which some are tensors, of any device. In
+        float64, and the same on all ranks to rounding; for a log line, as `consensus_distance`. One
+        rank's NaN or infinity is everybody's: these are no weights to be kept whole.
+        `MismatchError` on all ranks where not all have equally many.
         """
         self._check_attached()
-        given = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else values
+        several = isinstance(values, list | tuple)
+        given = [_numbers(each) for each in values] if several else _numbers(values)
         found = np.array(given, np.float64, order="C")
+        count = np.array([found.size, found.size**2], np.float64)
+        self._exchange.collective.mean(count)
+        if not np.allclose(count, (found.size, found.size**2), rtol=1e-9, atol=0.0):
+            raise MismatchError(
+                f"average: rank {self.group.rank} has {found.size} values, and all ranks together "
+                f"{count[0]:.6g} in the mean; each must bring equally many"
+            )
         self._exchange.collective.mean(found.reshape(-1))
         return found
 

@@ -22,6 +22,10 @@ from ucxgossip.errors import ModelError
 
 _LOG = logging.getLogger("ucxgossip")
 
+MANY = 50
+"""Steps of other optimizers without one of the attached one's: more than where several take turns,
+as a critic's before each of its generator's."""
+
 
 def _counts(optimizer: torch.optim.Optimizer) -> tuple[int, ...]:
     """How many parameters its groups have, which changes where any is added."""
@@ -69,7 +73,7 @@ class OtherOptimizers:
     """Notices steps of optimizers that are not attached, and hold parameters among `taken` (ids).
 
     Before such a step the rounds under way end (`settle`), as before a step of `optimizer`'s: it
-    writes what they read and mix. Two in a row are warned of, since no exchange follows them.
+    writes what they read and mix. `MANY` in a row are warned of, since no exchange follows them.
     """
 
     def __init__(
@@ -94,13 +98,15 @@ class OtherOptimizers:
         if not self._shares(optimizer):
             return
         self._in_a_row += 1
-        if self._in_a_row > 1 and not self._told:
+        if self._in_a_row == MANY and not self._told:
             self._told = True
             _LOG.warning(
-                "%s steps the model that was attached with another optimizer (%s), which does "
-                "not: only the attached one's steps are followed by exchanges. Attach the one "
-                "that steps; of several, the last",
-                *(type(each).__name__ for each in (optimizer, self._optimizer)),
+                "%s stepped the model %d times, and the optimizer it was attached with (%s) did "
+                "not meanwhile: only the attached one's steps are followed by exchanges. Attach "
+                "the one that steps; of several, the last",
+                type(optimizer).__name__,
+                MANY,
+                type(self._optimizer).__name__,
             )
         self._settle()
 
